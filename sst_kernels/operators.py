@@ -1,0 +1,343 @@
+"""Hermitian linear operators of order n, batched over leading dimensions.
+
+Conventions: an operator stands for matrices of shape (..., n, n); `A @ X` takes X (..., n, m) to
+(..., n, m), batch dimensions broadcast. vec is row-major (torch `flatten`), hence
+(P ⊗ Q) vec(C) = vec(P C Qᵀ). Every dtype is float32, float64, complex64 or complex128.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+_POWER_STEPS = 4  # of Dense.norm: each costs one product, and the estimate only grows
+
+
+class Operator(ABC):
+    """Hermitian linear map on n-vectors; subclasses say how it is stored."""
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """Order of the operator."""
+
+    @property
+    @abstractmethod
+    def batch_shape(self) -> torch.Size:
+        """Leading dimensions."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of the entries."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the entries."""
+
+    @abstractmethod
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """A x for x (..., n, m)."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Diagonal entries a_ii (..., n), in the operator's dtype."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """Full matrix (..., n, n); costs n² entries of memory."""
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """Estimate (...,) of ‖A‖₂ that never exceeds it (beyond rounding)."""
+
+    @abstractmethod
+    def identity(self) -> Operator:
+        """Identity of the same order, batch, dtype, device and structure."""
+
+    @abstractmethod
+    def normalized(self) -> tuple[Operator, Tensor]:
+        """Ã and even exponents e (...,), int32, with A = 2ᵉ Ã, e = 0 where A is not finite.
+
+        The entries of Ã are at most 1 in magnitude, so that its norms and products stay in range.
+        Exact, but for entries 2⁻¹²⁶ (double: 2⁻¹⁰²²) times smaller than the largest one.
+        """
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (..., n, n) of the matrix it stands for."""
+        return torch.Size((*self.batch_shape, self.n, self.n))
+
+    def trace(self) -> Tensor:
+        """Σ_i a_ii, shape (...,)."""
+        return self.diagonal().sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Operator):
+    """A stored matrix (..., n, n), of which only the lower triangle is read, as LAPACK does.
+
+    Attributes:
+        matrix: (..., n, n), any strides; the strict upper triangle and, for complex dtypes, the
+            imaginary part of the diagonal are ignored.
+    """
+
+    matrix: Tensor
+
+    def __post_init__(self) -> None:
+        """Check shape and dtype."""
+        check_matrix("Dense", "matrix", self.matrix)
+
+    n = property(lambda self: self.matrix.shape[-1])
+    batch_shape = property(lambda self: self.matrix.shape[:-2])
+    dtype = property(lambda self: self.matrix.dtype)
+    device = property(lambda self: self.matrix.device)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """A x; 2n²m flops."""
+        return self.to_dense() @ x
+
+    def diagonal(self) -> Tensor:
+        """Diagonal entries (..., n)."""
+        return self.matrix.diagonal(dim1=-2, dim2=-1).real.to(self.dtype)
+
+    def to_dense(self) -> Tensor:
+        """Hermitian matrix with the lower triangle of `matrix`; a copy."""
+        lower = self.matrix.tril(-1)
+        return lower + lower.mH + torch.diag_embed(self.diagonal())
+
+    def norm(self) -> Tensor:
+        """‖A‖₂ from below, by power steps from the longest column; 8n² flops."""
+        full = self.to_dense()
+        longest = torch.linalg.vector_norm(full, dim=-2).argmax(-1)
+        x = full.take_along_dim(longest[..., None, None], -1)
+        norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
+        for _ in range(_POWER_STEPS):
+            x = full @ (x / norm.clamp_min(torch.finfo(self.dtype).tiny))
+            norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
+        return norm[..., 0, 0]
+
+    def identity(self) -> Diagonal:
+        """Identity, as a Diagonal."""
+        return Diagonal(torch.ones_like(self.diagonal()))
+
+    def normalized(self) -> tuple[Dense, Tensor]:
+        """Matrix scaled to entries of at most 1, and exponents; see `Operator.normalized`."""
+        full = self.to_dense()
+        exponent = _even_exponent(_peak(full, (-2, -1)))
+        return Dense(scale_by_power(full, -exponent[..., None, None])), exponent
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(Operator):
+    """diag(d).
+
+    Attributes:
+        entries: d (..., n); imaginary parts are ignored.
+    """
+
+    entries: Tensor
+
+    def __post_init__(self) -> None:
+        """Check shape and dtype."""
+        _check_entries("Diagonal", "entries", self.entries)
+        if self.entries.dim() < 1:
+            raise ValueError("Diagonal: entries must be (..., n), got a scalar; use entries[None]")
+
+    n = property(lambda self: self.entries.shape[-1])
+    batch_shape = property(lambda self: self.entries.shape[:-1])
+    dtype = property(lambda self: self.entries.dtype)
+    device = property(lambda self: self.entries.device)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """D x; nm flops."""
+        return self.entries.real[..., None] * x
+
+    def diagonal(self) -> Tensor:
+        """Diagonal entries (..., n)."""
+        return self.entries.real.to(self.dtype)
+
+    def to_dense(self) -> Tensor:
+        """Matrix with d on its diagonal."""
+        return torch.diag_embed(self.diagonal())
+
+    def norm(self) -> Tensor:
+        """‖D‖₂ = max |d_i|, exactly."""
+        return _peak(self.entries.real, (-1,))
+
+    def identity(self) -> Diagonal:
+        """diag(1, …, 1)."""
+        return Diagonal(torch.ones_like(self.entries))
+
+    def normalized(self) -> tuple[Diagonal, Tensor]:
+        """Diagonal scaled to entries of at most 1, and exponents; see `Operator.normalized`."""
+        exponent = _even_exponent(_peak(self.entries.real, (-1,)))
+        return Diagonal(scale_by_power(self.diagonal(), -exponent[..., None])), exponent
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker(Operator):
+    """P ⊗ Q with (P ⊗ Q) vec(C) = vec(P C Qᵀ), vec row-major.
+
+    Attributes:
+        left: P, Hermitian of order n₁; a tensor means Dense.
+        right: Q, Hermitian of order n₂; a tensor means Dense. The operator's order is n₁n₂.
+    """
+
+    left: Operator | Tensor
+    right: Operator | Tensor
+
+    def __post_init__(self) -> None:
+        """Check that both factors have one dtype, one device and batches that broadcast."""
+        object.__setattr__(self, "left", as_operator(self.left, "Kronecker: left"))
+        object.__setattr__(self, "right", as_operator(self.right, "Kronecker: right"))
+        check_alike("Kronecker", ("left", self.left), ("right", self.right), same_order=False)
+
+    n = property(lambda self: self.left.n * self.right.n)
+    dtype = property(lambda self: self.left.dtype)
+    device = property(lambda self: self.left.device)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading dimensions of both factors, broadcast."""
+        return torch.broadcast_shapes(self.left.batch_shape, self.right.batch_shape)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """vec(P C Qᵀ) for each column vec(C) of x; 2(n₁ + n₂)n₁n₂m flops."""
+        n1, n2, m = self.left.n, self.right.n, x.shape[-1]
+        y = self.left @ x.reshape(*x.shape[:-2], n1, n2 * m)
+        y = y.unflatten(-1, (n2, m)).transpose(-3, -2).flatten(-2)
+        z = self.right @ y
+        return z.unflatten(-1, (n1, m)).transpose(-3, -2).flatten(-3, -2)
+
+    def diagonal(self) -> Tensor:
+        """p_ii q_jj at row-major (i, j)."""
+        return (self.left.diagonal()[..., None] * self.right.diagonal()[..., None, :]).flatten(-2)
+
+    def to_dense(self) -> Tensor:
+        """p_ij q_kl at rows (i, k), columns (j, l)."""
+        p = self.left.to_dense()[..., :, None, :, None]
+        q = self.right.to_dense()[..., None, :, None, :]
+        return (p * q).flatten(-2).flatten(-3, -2)
+
+    def norm(self) -> Tensor:
+        """‖P‖₂ ‖Q‖₂, each estimated from below."""
+        return self.left.norm() * self.right.norm()
+
+    def identity(self) -> Kronecker:
+        """I ⊗ I."""
+        return Kronecker(self.left.identity(), self.right.identity())
+
+    def normalized(self) -> tuple[Kronecker, Tensor]:
+        """Both factors scaled; exponents added; see `Operator.normalized`."""
+        left, left_exponent = self.left.normalized()
+        right, right_exponent = self.right.normalized()
+        return Kronecker(left, right), left_exponent + right_exponent
+
+
+def as_operator(value: Operator | Tensor, name: str) -> Operator:
+    """`value` itself if it is an operator, Dense(value) if it is a tensor.
+
+    Returns:
+        An operator.
+
+    Raises:
+        TypeError: if it is neither; `name` says whose argument it was.
+    """
+    if isinstance(value, Operator):
+        return value
+    if isinstance(value, Tensor):
+        return Dense(value)
+    raise TypeError(
+        f"{name} must be a torch.Tensor or an Operator, got {type(value).__name__}; convert with torch.as_tensor"
+    )
+
+
+def check_matrix(owner: str, name: str, x: Tensor) -> None:
+    """Check that the tensor x is of a supported dtype and square in its last two dimensions.
+
+    Raises:
+        ValueError: if it is not square.
+    """
+    _check_entries(owner, name, x)
+    if x.dim() < 2 or x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"{owner}: {name} must be square, (..., n, n), got {tuple(x.shape)}")
+
+
+def check_alike(owner: str, first: tuple[str, Operator], second: tuple[str, Operator], *, same_order: bool) -> None:
+    """Check that two named operators share dtype and device, and that their batches broadcast.
+
+    Args:
+        owner: whose arguments they are, for the message.
+        first: name and operator.
+        second: name and operator.
+        same_order: whether their orders n must agree too.
+
+    Raises:
+        TypeError: if the dtypes differ.
+        ValueError: if the orders or devices differ, or the batch shapes do not broadcast.
+    """
+    (name1, op1), (name2, op2) = first, second
+    if same_order and op1.n != op2.n:
+        raise ValueError(
+            f"{owner}: {name2} must be of the order of {name1}, got {name1} {tuple(op1.shape)} "
+            f"and {name2} {tuple(op2.shape)}"
+        )
+    if op1.dtype != op2.dtype:
+        raise TypeError(
+            f"{owner}: {name1} and {name2} must have one dtype, got {op1.dtype} and {op2.dtype}; "
+            "convert one of them with .to(dtype)"
+        )
+    if op1.device != op2.device:
+        raise ValueError(
+            f"{owner}: {name1} and {name2} must be on one device, got {op1.device} and "
+            f"{op2.device}; move one of them with .to(device)"
+        )
+    try:
+        torch.broadcast_shapes(op1.batch_shape, op2.batch_shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{owner}: batch dimensions of {name1} and {name2} must broadcast, got "
+            f"{tuple(op1.shape)} and {tuple(op2.shape)}"
+        ) from None
+
+
+def scale_by_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """2ᵉ x for integer e, in two halves: 2ᵉ alone may overflow where the result does not.
+
+    Args:
+        x: any floating or complex tensor.
+        exponent: integer tensor that broadcasts against x.
+
+    Returns:
+        Scaled copy of x.
+    """
+    half = exponent.div(2, rounding_mode="floor")
+    real = x.real.dtype
+    return x * torch.exp2(half.to(real)) * torch.exp2((exponent - half).to(real))
+
+
+def _peak(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Largest magnitude over `dims` (NaN if any entry is NaN)."""
+    return x.abs().amax(dims)
+
+
+def _even_exponent(peak: Tensor) -> Tensor:
+    """Smallest even e with peak <= 2ᵉ, up to rounding; 0 where peak is 0 or not finite."""
+    exponent = torch.frexp(peak.detach().nan_to_num(0.0, 0.0)).exponent
+    return exponent + exponent % 2
+
+
+def _check_entries(owner: str, name: str, entries: Tensor) -> None:
+    if not isinstance(entries, Tensor):
+        raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(entries).__name__}")
+    if entries.dtype not in DTYPES:
+        raise TypeError(
+            f"{owner}: {name} must be float32, float64, complex64 or complex128, got "
+            f"{entries.dtype}; convert with .float() or .double() (factorisations need the digits)"
+        )

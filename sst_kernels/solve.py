@@ -1,0 +1,191 @@
+"""`solve`: the k largest eigenpairs of a pencil, by the method that its structure allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .dense import dense
+from .operators import Diagonal, Kronecker
+from .pencil import Pencil
+from .result import Counts, EigenResult, Spectrum, Status
+
+_ACCEPTED = 10  # times tol: a stagnated pair is still called converged up to here
+
+
+def solve(
+    pencil: Pencil,
+    k: int,
+    *,
+    method: str = "auto",
+    tol: float | None = None,
+    seed: int = 0,
+) -> EigenResult:
+    """The k largest λ of A v = λ B v, descending, with VᴴBV = I, for each pencil of a batch.
+
+    Never raises for a pencil: one that is indefinite, singular or not finite comes back as NaN
+    with a status, and harms no other pencil of its batch.
+
+    | method      | pencil                                        | how                          |
+    |-------------|-----------------------------------------------|------------------------------|
+    | "diagonal"  | both Diagonal                                 | a_i / b_i                    |
+    | "kronecker" | both Kronecker, their factors of equal orders | products of λ of the factors |
+    | "dense"     | any; A and B are formed                       | Cholesky, then eigh          |
+    | "auto"      | any                                           | the first of these that fits |
+
+    Gradients flow to the entries of A and B (to the lower triangle, where matrices are read) by
+    way of `torch.linalg.eigh`: they hold for distinct eigenvalues and are NaN or infinite for
+    equal ones.
+
+    Args:
+        pencil: A and B, float32, float64, complex64 or complex128, on any device.
+        k: number of pairs, 1 <= k <= n.
+        method: one of the table above.
+        tol: largest backward error that counts as converged; 4√n·eps by default.
+        seed: of the start vectors of iterative methods; the direct methods here draw none.
+
+    Returns:
+        Values, vectors, certificates and a status for each pencil. Cost: dense 14n³ flops;
+        Kronecker its two small pencils and 4(n₁ + n₂)nk; diagonal n log n; each and nk entries.
+
+    Raises:
+        TypeError: if `pencil` is no Pencil or k no integer.
+        ValueError: if k or tol is out of range, or the method unknown or unfit for the pencil.
+    """
+    name = _choose(pencil, k, method)
+    if tol is None:
+        tol = pencil.tolerance
+    elif not 0 < tol < math.inf:
+        raise ValueError(f"solve: tol must be positive and finite, got {tol}; None for the default")
+    found = _METHODS[name](pencil, k)
+    values, vectors = found.values[..., :k], found.vectors
+    errors = pencil.backward_errors(values, vectors)
+    orthogonality = pencil.b_orthogonality(vectors)
+    status, blank = _judge(found, errors, orthogonality, tol)
+    return EigenResult(
+        values=values.masked_fill(blank[..., None], torch.nan),
+        vectors=vectors.masked_fill(blank[..., None, None], torch.nan),
+        backward_errors=errors.masked_fill(blank[..., None], torch.nan),
+        b_orthogonality=orthogonality.masked_fill(blank, torch.nan),
+        status=status,
+        method=name,
+        counts=Counts(k, k, 0, 0),
+    )
+
+
+def diagonal(pencil: Pencil, k: int) -> Spectrum:
+    """λ_i = a_i / b_i, v_i = e_i / √b_i.
+
+    Args:
+        pencil: both operators Diagonal.
+        k: number of pairs.
+
+    Returns:
+        All eigenvalues and k vectors; n log n and nk entries written.
+    """
+    shape = (*pencil.batch_shape, pencil.n)
+    a, b = (x.diagonal().real.expand(shape) for x in (pencil.A, pencil.B))
+    values, order = (a / b).sort(dim=-1, descending=True, stable=True)
+    chosen = order[..., :k]
+    vectors = torch.zeros(*shape, k, dtype=pencil.dtype, device=pencil.device).scatter(
+        -2, chosen[..., None, :], b.gather(-1, chosen).rsqrt().to(pencil.dtype)[..., None, :]
+    )
+    infinite = ~(torch.isfinite(a) & torch.isfinite(b)).all(-1)
+    indefinite = (b <= 0).any(-1)
+    status = infinite * int(Status.NON_FINITE) | indefinite * int(Status.NOT_POSITIVE_DEFINITE)
+    uncertainty = 4 * torch.finfo(values.dtype).eps * values[..., k - 1].detach().abs()
+    return Spectrum(values, vectors, uncertainty, status | Status.VERIFIED)
+
+
+def kronecker(pencil: Pencil, k: int) -> Spectrum:
+    """λ = α_i β_j, v = u_i ⊗ w_j from A₁u = αB₁u and A₂w = βB₂w (vec row-major).
+
+    Args:
+        pencil: A = A₁ ⊗ A₂ and B = B₁ ⊗ B₂, factors of equal orders n₁ and n₂, B₁ and B₂ positive
+            definite (if both are negative definite, flip both signs).
+        k: number of pairs.
+
+    Returns:
+        All eigenvalues and k vectors; two small pencils, n log n, and nk entries written.
+    """
+    a, b = pencil.A, pencil.B
+    left = solve(Pencil(a.left, b.left), a.left.n)
+    right = solve(Pencil(a.right, b.right), a.right.n)
+    products = (left.values[..., :, None] * right.values[..., None, :]).flatten(-2)
+    values, order = products.sort(dim=-1, descending=True, stable=True)
+    u, w = (
+        x.vectors.expand(*order.shape[:-1], -1, -1).take_along_dim(index[..., None, :k], -1)
+        for x, index in ((left, order // a.right.n), (right, order % a.right.n))
+    )
+    vectors = (u[..., :, None, :] * w[..., None, :, :]).flatten(-3, -2)
+    eps = torch.finfo(values.dtype).eps
+    uncertainty = (a.left.n + a.right.n) * eps * values.detach().abs().amax(-1)
+    faults = (left.status | right.status) & _FAULTS
+    verified = left.status & right.status & Status.VERIFIED
+    return Spectrum(values, vectors, uncertainty, faults | verified)
+
+
+_METHODS: dict[str, Callable[[Pencil, int], Spectrum]] = {
+    "diagonal": diagonal,
+    "kronecker": kronecker,
+    "dense": dense,
+}
+_FAULTS = Status.NOT_POSITIVE_DEFINITE | Status.NON_FINITE | Status.MAX_ITERATIONS
+
+
+def _fits(pencil: Pencil, method: str) -> bool:
+    """Whether `method` can solve a pencil of this structure."""
+    a, b = pencil.A, pencil.B
+    if method == "diagonal":
+        return isinstance(a, Diagonal) and isinstance(b, Diagonal)
+    if method == "kronecker":
+        both = isinstance(a, Kronecker) and isinstance(b, Kronecker)
+        return both and a.left.n == b.left.n
+    return True
+
+
+def _choose(pencil: Pencil, k: int, method: str) -> str:
+    """Name of the method that will run, after checking the caller's arguments."""
+    if not isinstance(pencil, Pencil):
+        raise TypeError(f"solve: pencil must be a Pencil, got {type(pencil).__name__}; write Pencil(A, B)")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"solve: k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= pencil.n:
+        raise ValueError(f"solve: k must be in 1..n with n = {pencil.n}, got k = {k}")
+    if method == "auto":
+        return next(name for name in _METHODS if _fits(pencil, name))
+    if method not in _METHODS:
+        raise ValueError(f"solve: method must be one of {['auto', *_METHODS]}, got {method!r}")
+    if not _fits(pencil, method):
+        kinds = f"{type(pencil.A).__name__} and {type(pencil.B).__name__}"
+        raise ValueError(
+            f"solve: method {method!r} does not fit A and B, which are {kinds}; "
+            "use method='auto', or see the table in solve's documentation"
+        )
+    return method
+
+
+@torch.no_grad()
+def _judge(found: Spectrum, errors: Tensor, orthogonality: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """Status (...,), and which pencils have no result to show."""
+    k = errors.shape[-1]
+    status = found.status & (_FAULTS | Status.VERIFIED)
+    broken = (status & (Status.NOT_POSITIVE_DEFINITE | Status.NON_FINITE)) != 0
+    finite = torch.isfinite(found.vectors).flatten(-2).all(-1)
+    finite &= torch.isfinite(found.values[..., :k]).all(-1)
+    status |= (~finite & ((status & _FAULTS) == 0)) * int(Status.NON_FINITE)
+    blank = broken | ~finite
+    worst = errors.amax(-1)
+    converged = ~blank & (worst <= _ACCEPTED * tol)
+    cluster = torch.zeros_like(blank)
+    if k < found.values.shape[-1]:
+        gap = found.values[..., k - 1] - found.values[..., k]
+        cluster = ~blank & (gap <= found.uncertainty)
+    # k·max|VᴴBV − I| < 1 makes the pairs independent (Gershgorin), so that none is counted twice
+    sound = converged & ~cluster & (k * orthogonality < 1)
+    status = torch.where(sound, status, status & ~Status.VERIFIED)
+    status |= converged * int(Status.CONVERGED) | cluster * int(Status.CLUSTER_AT_K)
+    return status | ~(blank | (worst <= tol)) * int(Status.STAGNATED), blank

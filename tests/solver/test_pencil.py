@@ -1,0 +1,89 @@
+"""Pencil: arguments, and certificates against their definitions in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from sst_kernels.operators import Diagonal, Kronecker
+from sst_kernels.pencil import Pencil
+
+DTYPES = [np.float32, np.float64, np.complex64, np.complex128]
+
+
+def test_backward_error_of_planted_residuals(random_pencil):
+    """An exact pair plus a known perturbation has the η that the definition gives."""
+    a, b = random_pencil(33)
+    w, v = scipy.linalg.eigh(a, b)
+    rng = np.random.default_rng(1)
+    v = v + 1e-3 * rng.standard_normal(v.shape)
+    residual = np.linalg.norm(a @ v - b @ v * w, axis=0)
+    size = np.linalg.norm(a, 2) + np.abs(w) * np.linalg.norm(b, 2)
+    expected = residual / (size * np.linalg.norm(v, axis=0))
+    pencil = Pencil(torch.from_numpy(a), torch.from_numpy(b))
+    found = pencil.backward_errors(torch.from_numpy(w), torch.from_numpy(v)).numpy()
+    assert (found >= expected * (1 - 1e-10)).all()  # norms are estimated from below
+    assert (found <= expected * 1.5).all()
+
+
+@pytest.mark.parametrize("power", [-480, 480])
+def test_certificates_do_not_depend_on_scale(random_pencil, power):
+    a, b = (torch.from_numpy(x) for x in random_pencil(10))
+    w, v = (torch.from_numpy(x) for x in scipy.linalg.eigh(a.numpy(), b.numpy()))
+    v = v + 1e-3
+    up, down = 2.0**power, 2.0**-power
+    plain, scaled = Pencil(a, b), Pencil(a * up, b * down)
+    w2, v2 = w * up / down, v * 2.0 ** (power // 2)
+    assert torch.equal(plain.backward_errors(w, v), scaled.backward_errors(w2, v2))
+    assert torch.equal(plain.b_orthogonality(v), scaled.b_orthogonality(v2))
+
+
+def test_b_orthogonality_is_the_largest_entry(random_pencil):
+    a, b = random_pencil(7)
+    v = np.random.default_rng(0).standard_normal((7, 3))
+    found = Pencil(torch.from_numpy(a), torch.from_numpy(b)).b_orthogonality(torch.from_numpy(v))
+    assert found.item() == pytest.approx(np.abs(v.T @ b @ v - np.eye(3)).max(), rel=1e-13)
+
+
+def test_zero_pencil_has_zero_backward_error():
+    pencil = Pencil(torch.zeros(3, 3), torch.eye(3))
+    assert torch.equal(pencil.backward_errors(torch.zeros(3), torch.eye(3)), torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 33])
+def test_count_above_between_all_eigenvalues(random_pencil, dtype, n):
+    a, b = random_pencil(n, dtype)
+    w = scipy.linalg.eigvalsh(a, b)
+    between = np.concatenate([[w[0] - 1], (w[1:] + w[:-1]) / 2, [w[-1] + 1]])
+    batch = Pencil(torch.from_numpy(a).expand(n + 1, n, n), torch.from_numpy(b))
+    counts = batch.count_above(torch.from_numpy(between))
+    assert counts.tolist() == list(range(n, -1, -1))
+
+
+def test_identity_is_the_default():
+    a = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    assert isinstance(Pencil(a).B, Diagonal)
+    assert isinstance(Pencil(Kronecker(a, a)).B, Kronecker)
+    assert torch.equal(Pencil(a).dense()[1], torch.eye(2))
+
+
+def test_batches_broadcast():
+    pencil = Pencil(torch.zeros(3, 1, 4, 4), torch.zeros(2, 4, 4))
+    assert pencil.batch_shape == (3, 2)
+    assert [tuple(x.shape) for x in pencil.dense()] == [(3, 2, 4, 4)] * 2
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match=r"B must be of the order of A, got A \(2, 2\) and B \(3"):
+        Pencil(torch.zeros(2, 2), torch.zeros(3, 3))
+    with pytest.raises(TypeError, match=r"A and B must have one dtype"):
+        Pencil(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"batch dimensions of A and B must broadcast"):
+        Pencil(torch.zeros(2, 2, 2), torch.zeros(3, 2, 2))
+    with pytest.raises(ValueError, match=r"A and B must be on one device"):
+        Pencil(torch.zeros(2, 2), torch.zeros(2, 2, device="meta"))
+    with pytest.raises(TypeError, match=r"Pencil: A must be a torch\.Tensor or an Operator"):
+        Pencil(np.eye(2))
