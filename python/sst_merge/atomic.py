@@ -1,0 +1,113 @@
+"""Output that appears whole or not at all: written beside its place, then renamed into it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+OUTPUT_MARKS = ("adapter_config.json", "report.json")
+"""A folder that holds one of these is a merge's output; `overwrite` replaces no other kind."""
+
+
+def check_output_dir(target: str | Path, *, overwrite: bool = False) -> Path:
+    """The real path of a folder that may be written: new or empty, or with `overwrite` an output.
+
+    Call it before long work, so that the answer does not come after it.
+
+    Args:
+        target: The folder to write.
+        overwrite: Whether a folder that holds one of `OUTPUT_MARKS` may be replaced.
+
+    Returns:
+        `target`, absolute, symbolic links resolved.
+
+    Raises:
+        ValueError: The path is a file, or a folder that must not be replaced.
+    """
+    target = Path(os.path.realpath(target))
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise ValueError(f"output folder: {target} is a file; name a folder that is new or empty")
+    if not any(target.iterdir()):
+        return target
+    if not overwrite:
+        raise ValueError(
+            f"output folder: {target} exists and is not empty; "
+            "pass --overwrite (overwrite=True) to replace it, or name another"
+        )
+    if not any((target / mark).exists() for mark in OUTPUT_MARKS):
+        raise ValueError(
+            f"output folder: {target} holds neither {' nor '.join(OUTPUT_MARKS)}, so it is not "
+            "a merge's output and is not replaced; remove it yourself, or name another"
+        )
+    return target
+
+
+@contextmanager
+def replace_dir(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give an empty folder beside `target` that takes its place when the block ends well.
+
+    After any exception, KeyboardInterrupt included, `target` is as it was before. An old folder is
+    moved aside only when the new one is complete, and removed only when the new one is in place.
+
+    Args:
+        target: The folder to write; parents are made.
+        overwrite: As for `check_output_dir`.
+
+    Yields:
+        The folder to fill, on the same file system as `target`.
+
+    Raises:
+        ValueError: As for `check_output_dir`, on entry and again before the replacement.
+    """
+    target = check_output_dir(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    fresh = target.with_name(f".{target.name}.{token}.new")
+    aside = target.with_name(f".{target.name}.{token}.old")
+    try:
+        fresh.mkdir()
+        yield fresh
+        check_output_dir(target, overwrite=overwrite)
+        if target.exists():
+            target.rename(aside)
+        fresh.rename(target)
+    finally:
+        if aside.exists() and not target.exists():  # stopped between the two renames
+            aside.rename(target)
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file beside its place, flush it to disk, and rename it into place.
+
+    Args:
+        path: The file; an existing one is replaced, its folder must exist.
+        data: The whole content.
+    """
+    path = Path(os.path.realpath(path))
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+    try:
+        with open(fresh, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` of `text` in UTF-8.
+
+    Args:
+        path: The file; an existing one is replaced, its folder must exist.
+        text: The whole content.
+    """
+    write_bytes(path, text.encode())

@@ -1,0 +1,81 @@
+"""The command `sst-merge`: parses, calls, prints. Exit codes: 0 done, 2 an error the user can mend, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="sst-merge", description="Merge language-model adapters by Fisher curvature.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    merge = commands.add_parser("merge", help="merge two adapters as a YAML file says")
+    merge.add_argument("config", help="YAML file; see the README for its keys")
+    merge.add_argument("--out", required=True, help="folder for the merged adapter and the report")
+    merge.add_argument("--device", help="cpu, cuda, cuda:1, …; replaces the file's")
+    merge.add_argument("--dtype", help="float32, bfloat16, … in which the model runs; replaces the file's")
+    merge.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    merge.set_defaults(run=_merge)
+
+    inspect = commands.add_parser("inspect", help="say what is in an adapter and what a merge would cover")
+    inspect.add_argument("adapter", help="folder with adapter_config.json and adapter_model.safetensors")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+    demo = commands.add_parser("demo", help="train a small model, merge by every method, measure, report")
+    demo.add_argument("--out", default="demo-out", help="folder for models and report (default: demo-out)")
+    demo.add_argument("--seeds", type=int, default=1, help="how many seeds (default: 1)")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _merge(args: argparse.Namespace) -> None:
+    """sst-merge merge."""
+    from .merging import merge
+
+    result = merge(args.config, out=args.out, overwrite=args.overwrite, device=args.device, dtype=args.dtype)
+    print(f"wrote {result.path} (read {result.path / 'report.md'})")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    """sst-merge inspect."""
+    from .adapters import inspect_adapter, render_inspection
+
+    report = inspect_adapter(args.adapter)
+    print(json.dumps(report, indent=2) if args.json else render_inspection(report))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    """sst-merge demo."""
+    from .demo import run_demo
+
+    run_demo(args.out, seeds=args.seeds)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; the process's own when None.
+
+    Returns:
+        The exit code.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"sst-merge: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sst-merge: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""The merge configuration: mergekit-like YAML with named roles, checked key by key.
+
+```yaml
+base_model: path/to/base
+models:
+  - {model: adapters/helpful, role: utility}
+  - {model: adapters/refuses, role: safety, parameters: {weight: 1.0}}
+merge_method: sst            # or task_arithmetic, interpolation, ties, dare, diagonal_sst
+dtype: bfloat16
+parameters:
+  alpha: [0.5, 1.0]          # one number, or several for a sweep from one solve
+calibration:
+  harm: refusals.jsonl
+  benign: answers.jsonl
+```
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .settings import (
+    METHOD_PARAMETERS,
+    ROLES,
+    Calibration,
+    Config,
+    FisherParameters,
+    ModelRef,
+    Output,
+)
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+_CHOICES = {
+    "patch": ("additive", "interpolate"),
+    "where": ("local", "path"),
+    "point_weights": ("uniform", "linear"),
+    "fisher": ("exact", "diagonal"),
+    "select": ("top_k", "soft"),
+    "scope": ("global", "module"),
+    "coordinates": ("weight", "core"),
+    "mask": ("hard", "soft"),
+    "dtype": DTYPES,
+}
+
+_RANGES = {  # name -> (low, high, low included, high included)
+    "alpha": (0.0, 10.0, True, True),
+    "weight": (0.0, 10.0, False, True),
+    "density": (0.0, 1.0, False, True),
+    "drop": (0.0, 1.0, True, False),
+    "points": (0.0, 1.0, True, True),
+    "samples": (1, math.inf, True, False),
+    "shrinkage": (0.0, 1.0, True, True),
+    "damping": (0.0, math.inf, False, False),
+    "mu": (0.0, math.inf, False, False),
+    "share": (0.0, 1.0, False, True),
+    "epsilon": (0.0, math.inf, False, False),
+    "batch_size": (1, math.inf, True, False),
+    "max_length": (2, math.inf, True, False),
+    "held_out": (0.0, 1.0, False, False),
+    "rank": (1, math.inf, True, False),
+}
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: Any) -> Config:
+    """A configuration from YAML or a mapping, checked; relative paths are relative to the file.
+
+    Args:
+        source: Path of a YAML file, a mapping of the same form, or a `Config`, which is returned as it is.
+        overrides: Top-level keys that replace the file's (device, dtype, …); None leaves the file's.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: Unknown key (with the nearest known one), wrong type, value out of range, missing role or file.
+    """
+    if isinstance(source, Config):
+        return source
+    folder = Path()
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(f"config file {path} does not exist")
+        folder = path.parent
+        try:
+            source = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"config file {path} is not valid YAML: {error}") from None
+    if not isinstance(source, Mapping):
+        raise ValueError("the config must be a mapping with base_model, models and merge_method")
+    tree = {**source, **{key: value for key, value in overrides.items() if value is not None}}
+    return _config(tree, folder)
+
+
+def _config(tree: dict[str, Any], folder: Path) -> Config:
+    """Config from the top-level mapping."""
+    known = {f.name for f in fields(Config)} - set(ROLES) | {"models"}
+    _refuse_unknown(tree, known, "the config")
+    for key in ("base_model", "models"):
+        if key not in tree:
+            raise ValueError(f"the config lacks `{key}`")
+    method = tree.get("merge_method", "sst")
+    if method not in METHOD_PARAMETERS:
+        raise ValueError(f"merge_method: unknown method {method!r}{_nearest(method, METHOD_PARAMETERS)}")
+    calibration = tree.get("calibration")
+    parameters = METHOD_PARAMETERS[method]
+    if issubclass(parameters, FisherParameters) and calibration is None:
+        raise ValueError(f"merge_method {method} needs `calibration` with the files `harm` and `benign`")
+    plain = {key: tree[key] for key in ("dtype", "device", "trust_remote_code", "download") if key in tree}
+    if plain.get("dtype") == "auto":  # the checkpoint's own; the output has no such choice
+        del plain["dtype"]
+    config = Config(
+        base_model=_resolve(tree["base_model"], folder),
+        **_models(tree["models"], folder),
+        merge_method=method,
+        parameters=_section(parameters, tree.get("parameters"), "parameters"),
+        calibration=None if calibration is None else _section(Calibration, calibration, "calibration", folder),
+        output=_section(Output, tree.get("output"), "output"),
+        **{key: _checked(key, value, str(Config.__dataclass_fields__[key].type)) for key, value in plain.items()},
+    )
+    _check_k(config.parameters)
+    if method == "interpolation" and max(config.alphas) > 1:
+        raise ValueError(f"alpha: interpolation needs alpha in [0, 1], got {max(config.alphas)}")
+    _check_device(config.device)
+    return config
+
+
+def _models(entries: Any, folder: Path) -> dict[str, ModelRef]:
+    """The two adapters by role."""
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError("models: expected a list of entries with `model` and `role`")
+    refs: dict[str, ModelRef] = {}
+    for entry in entries:
+        _refuse_unknown(entry, {"model", "role", "parameters"}, "an entry of models")
+        role = entry.get("role")
+        if role not in ROLES:
+            raise ValueError(f"models: role must be one of {', '.join(ROLES)}, got {role!r}{_nearest(role, ROLES)}")
+        if role in refs:
+            raise ValueError(f"models: two entries have the role {role!r}; exactly one of each role is merged")
+        if "model" not in entry:
+            raise ValueError(f"models: the entry with role {role!r} lacks `model`, the adapter's folder")
+        given = {**(entry.get("parameters") or {}), "model": entry["model"]}
+        refs[role] = _section(ModelRef, given, f"models ({role})", folder)
+    for role in ROLES:
+        if role not in refs:
+            raise ValueError(f"models: no entry has the role {role!r}")
+    return refs
+
+
+def _section(kind: type, given: Any, where: str, folder: Path = Path()) -> Any:
+    """A dataclass from a mapping, every value checked."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: expected a mapping, got {type(given).__name__}")
+    known = {f.name: f for f in fields(kind)}
+    _refuse_unknown(given, known, where)
+    values = {key: _checked(key, value, str(known[key].type)) for key, value in given.items()}
+    values |= {key: _resolve(values[key], folder) for key in ("model", "harm", "benign") if key in values}
+    for f in fields(kind):
+        if f.default is MISSING and f.name not in values:
+            raise ValueError(f"{where} lacks `{f.name}`")
+    return kind(**values)
+
+
+def _resolve(path: Any, folder: Path) -> str:
+    """A path relative to the config's folder, if there is something there; otherwise as given."""
+    if not isinstance(path, str):
+        raise ValueError(f"expected a path or a model's name, got {path!r}")
+    return str(folder / path) if (folder / path).exists() else path
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+}
+
+
+def _checked(key: str, value: Any, annotation: str) -> Any:
+    """The value of one key: type, choice and range."""
+    names = [name.strip() for name in annotation.split("|")]
+    if value is None and "None" in names:
+        return None
+    if isinstance(value, list) and "tuple[float, ...]" in names:
+        if not value:
+            raise ValueError(f"{key}: the list is empty")
+        return tuple(_checked(key, item, "float") for item in value)
+    if isinstance(value, str) and "float" in names:
+        value = _as_float(value)
+    allowed = tuple(t for name in names for t in _TYPES.get(name, ()))
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise ValueError(f"{key}: expected {annotation}, got {value!r}")
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise ValueError(
+            f"{key}: expected one of {', '.join(_CHOICES[key])}, got {value!r}{_nearest(value, _CHOICES[key])}"
+        )
+    if key in _RANGES:
+        low, high, low_in, high_in = _RANGES[key]
+        if not ((low <= value if low_in else low < value) and (value <= high if high_in else value < high)):
+            interval = f"{'[' if low_in else '('}{low}, {high}{']' if high_in else ')'}"
+            raise ValueError(f"{key}: expected a number in {interval}, got {value!r}")
+    return float(value) if names == ["float"] else value
+
+
+def _as_float(text: str) -> Any:
+    """The number in a string, if it is one: YAML 1.1 reads 1e-3 as text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _check_k(parameters: Any) -> None:
+    """K is a count of at least one, or a share."""
+    k = getattr(parameters, "k", 1)
+    if not (k >= 1 if isinstance(k, int) else 0 < k <= 1):
+        raise ValueError(
+            f"k: expected an integer >= 1 (a count) or a number in (0, 1] with a point (a share), got {k!r}"
+        )
+
+
+def _check_device(device: str) -> None:
+    """The device exists here."""
+    try:
+        available = torch.device(device).type != "cuda" or torch.cuda.is_available()
+    except RuntimeError:
+        raise ValueError(f"device: {device!r} is no torch device; use cpu, cuda or cuda:N") from None
+    if not available:
+        raise ValueError(f"device: {device!r} is not available (no GPU, or a torch built without CUDA); use cpu")
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Any, where: str) -> None:
+    """Raise for the first unknown key, with the nearest known one."""
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}{_nearest(key, known)}")
+
+
+def _nearest(word: Any, known: Any) -> str:
+    """' (did you mean …?)', or the known words where nothing is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"

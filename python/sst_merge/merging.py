@@ -1,0 +1,113 @@
+"""A whole merge: configuration in, PEFT adapters and a report out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .adapters import LowRank, write_files
+from .atomic import replace_dir
+from .config import load_config
+from .methods import METHODS, Plan
+from .problem import Problem
+from .report import build_report, write_report
+from .settings import Config
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What `merge` did.
+
+    Attributes:
+        problem: The adapters and bases.
+        plan: The solved merge.
+        report: The numbers of the report, as in report.json.
+        path: The output folder, if one was written.
+    """
+
+    problem: Problem
+    plan: Plan
+    report: dict[str, Any]
+    path: Path | None
+
+    def updates(self, alpha: float) -> dict[str, LowRank]:
+        """Module name -> merged ΔW at strength α, exact."""
+        return {name: self.plan.low_rank(self.problem, name, alpha)[0] for name in self.problem.names}
+
+
+def merge(
+    config: str | Path | Mapping[str, Any] | Config,
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    **overrides: Any,
+) -> MergeResult:
+    """θ = θ_0 + Δ_utility + α·Filter(τ), written as a PEFT adapter for every α.
+
+    Args:
+        config: YAML file, mapping or `Config`; see `config`.
+        out: Output folder: adapter and report; with several α the adapters are in subfolders `alpha-…`. Nothing is
+            left there unless everything succeeded. None writes nothing.
+        overwrite: Replace an earlier output.
+        overrides: Top-level keys that replace the configuration's, such as `device` and `dtype`.
+
+    Returns:
+        The result.
+
+    Raises:
+        ValueError: Anything the user can mend, with the remedy.
+    """
+    config = load_config(config, **overrides)
+    with nullcontext() if out is None else replace_dir(out, overwrite=overwrite) as folder:
+        started = time.perf_counter()
+        problem = Problem(config)
+        plan = METHODS[config.merge_method](problem, config.parameters)
+        strengths = [_write_strength(problem, plan, alpha, folder) for alpha in config.alphas]
+        report = build_report(problem, plan, strengths, time.perf_counter() - started)
+        if folder is not None:
+            write_report(folder, report, config)
+    return MergeResult(problem, plan, report, None if out is None else Path(out))
+
+
+def _write_strength(problem: Problem, plan: Plan, alpha: float, folder: Path | None) -> dict[str, Any]:
+    """The merged adapter at one α; its ranks and truncation error."""
+    output = problem.config.output
+    updates, worst = {}, 0.0
+    for name in tqdm(problem.names, desc=f"merge, alpha {alpha:g}", unit="module", leave=False):
+        updates[name], error = plan.low_rank(problem, name, alpha, output.rank)
+        worst = max(worst, error)
+    strength = {
+        "alpha": alpha,
+        "largest_rank": max(u.rank for u in updates.values()),
+        "parameters": sum(u.up.numel() + u.down.numel() for u in updates.values()),
+        "worst_truncation_error": worst,
+    }
+    if folder is None:
+        return strength
+    subfolder = folder if len(problem.config.alphas) == 1 else folder / f"alpha-{alpha:g}"
+    subfolder.mkdir(exist_ok=True)
+    write_files(
+        subfolder,
+        updates,
+        sources=(problem.utility, problem.safety),
+        biases=_biases(problem, alpha),
+        saved=problem.saved,
+        dtype=getattr(torch, output.dtype),
+    )
+    return {**strength, "adapter": subfolder.relative_to(folder).as_posix()}
+
+
+def _biases(problem: Problem, alpha: float) -> dict[str, Tensor]:
+    """b_u + α b_s of modules with a LoRA bias: added without curvature, and named in the report."""
+    merged = dict(problem.utility.biases)
+    for name, bias in problem.safety.biases.items():
+        merged[name] = merged[name] + alpha * bias if name in merged else alpha * bias
+    return merged

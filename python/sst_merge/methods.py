@@ -1,0 +1,157 @@
+"""Merge methods through one door: each takes a problem and gives, for every module and strength α, an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import LowRank, factor
+from .baselines import dare, diagonal_sst_mask, interpolation, task_arithmetic, ties
+from .coordinates import from_core
+from .problem import Curvature, Problem
+from .select import Directions, SelectionSettings, apply_filter, filter_factors, find_directions
+from .settings import (
+    AlphaParameters,
+    DareParameters,
+    DiagonalSstParameters,
+    SstParameters,
+    TiesParameters,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A solved merge, at every strength.
+
+    Attributes:
+        update: (module name, α) -> ΔW, with ΔW's matrix given either as a core in `problem.bases` or dense.
+        in_core: Whether `update` gives cores.
+        directions: Module name -> solution of its pencil (SST only).
+        factors: Module name -> filter factors (SST only).
+        curvature: The statistics used, if any.
+        gamma: Shared damping γ (SST only).
+    """
+
+    update: Callable[[str, float], Tensor]
+    in_core: bool
+    directions: Mapping[str, Directions] = field(default_factory=dict)
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+    curvature: Curvature | None = None
+    gamma: float | None = None
+
+    def dense(self, problem: Problem, name: str, alpha: float) -> Tensor:
+        """ΔW of a module, (d_out, d_in), float32."""
+        matrix = self.update(name, alpha).float()
+        if not self.in_core:
+            return matrix
+        basis = problem.bases[name]
+        return basis.q_out.float() @ matrix @ basis.q_in.mT.float()
+
+    def low_rank(self, problem: Problem, name: str, alpha: float, rank: int | None = None) -> tuple[LowRank, float]:
+        """The update of a module as factors.
+
+        Args:
+            problem: The problem that was solved.
+            name: Module name.
+            alpha: α.
+            rank: Rank to truncate to; None is exact.
+
+        Returns:
+            The update, and the relative Frobenius error of the truncation.
+        """
+        matrix = self.update(name, alpha)
+        return from_core(problem.bases[name], matrix, rank) if self.in_core else factor(matrix, rank)
+
+
+def _in_core(
+    formula: Callable[[Tensor, Tensor, float], Tensor],
+) -> Callable[[Problem, AlphaParameters], Plan]:
+    """A method that is linear in the two updates, done exactly on their cores."""
+
+    def build(problem: Problem, parameters: AlphaParameters) -> Plan:
+        return Plan(lambda name, alpha: formula(*problem.cores(name), alpha), in_core=True)
+
+    return build
+
+
+def _ties(problem: Problem, parameters: TiesParameters) -> Plan:
+    """TIES on the true ΔW; α is the scale λ."""
+
+    def update(name: str, alpha: float) -> Tensor:
+        return ties([u.dense() for u in problem.updates(name)], parameters.density, alpha)
+
+    return Plan(update, in_core=False)
+
+
+def _dare(problem: Problem, parameters: DareParameters) -> Plan:
+    """DARE of both true ΔW, then task arithmetic. The masks depend on seed and module, not on α."""
+
+    def update(name: str, alpha: float) -> Tensor:
+        generator = torch.Generator().manual_seed(parameters.seed * len(problem.names) + problem.names.index(name))
+        utility, safety = (dare(u.dense(), parameters.drop, generator) for u in problem.updates(name))
+        return task_arithmetic(utility, safety, alpha)
+
+    return Plan(update, in_core=False)
+
+
+def _diagonal_sst(problem: Problem, parameters: DiagonalSstParameters) -> Plan:
+    """Δ_u + α m⊙τ, m from the diagonal Fishers of ΔW or of the core."""
+    curvature = problem.curvature(parameters, coordinates=parameters.coordinates, diagonal=True)
+    in_core = parameters.coordinates == "core"
+    harm, benign = (
+        {name: _diagonal(sums.fisher(name)) for name in curvature.patch}
+        for sums in (curvature.statistics.harm, curvature.statistics.benign)
+    )
+    mean = sum(float(b.sum()) for b in benign.values()) / sum(b.numel() for b in benign.values())
+    share = parameters.share if parameters.mask == "hard" else None
+
+    def update(name: str, alpha: float) -> Tensor:
+        if name not in curvature.patch:
+            return curvature.origin[name]
+        tau = curvature.patch[name]
+        mask = diagonal_sst_mask(harm[name], benign[name], parameters.epsilon * mean, share)
+        return curvature.origin[name] + alpha * mask.reshape(tau.shape) * tau
+
+    return Plan(update, in_core, curvature=curvature)
+
+
+def _diagonal(fisher: Tensor) -> Tensor:
+    """Diag F of a Fisher given whole or as its diagonal."""
+    return fisher if fisher.ndim == 1 else fisher.diagonal()
+
+
+def _sst(problem: Problem, parameters: SstParameters) -> Plan:
+    """Δ_u + α·Filter(τ), Filter from the pencils (F_harm, F_benign + γI)."""
+    curvature = problem.curvature(parameters, diagonal=parameters.fisher == "diagonal")
+    settings = SelectionSettings(
+        representation=parameters.fisher,
+        shrinkage=parameters.shrinkage,
+        damping=parameters.damping,
+        rule=parameters.select,
+        k=parameters.k,
+        scope=parameters.scope,
+        mu=parameters.mu,
+    )
+    directions, gamma = find_directions(curvature.statistics, curvature.patch, settings)
+    factors = filter_factors(directions, settings)
+    kept = {name: apply_filter(d, factors[name], curvature.patch[name].shape) for name, d in directions.items()}
+
+    def update(name: str, alpha: float) -> Tensor:
+        return curvature.origin[name] + alpha * kept[name] if name in kept else curvature.origin[name]
+
+    return Plan(update, True, directions, factors, curvature, gamma)
+
+
+METHODS: dict[str, Callable[[Problem, Any], Plan]] = {
+    "sst": _sst,
+    "task_arithmetic": _in_core(task_arithmetic),
+    "interpolation": _in_core(interpolation),
+    "ties": _ties,
+    "dare": _dare,
+    "diagonal_sst": _diagonal_sst,
+}
+"""Name in the configuration -> builder of a plan from a problem and the method's parameters."""

@@ -1,0 +1,209 @@
+"""The report of a merge: numbers once, as report.json; the same as tables in report.md and as pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import plots
+from .methods import Plan
+from .problem import Problem
+from .settings import Config
+
+CONFIG_NAME = "sst_config.yaml"
+LIBRARIES = ("sst-merge", "torch", "transformers", "peft", "safetensors", "numpy")
+
+
+def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Every number of the report.
+
+    Args:
+        problem: The adapters.
+        plan: The solved merge.
+        strengths: Per α, what was written.
+        seconds: Wall time so far.
+
+    Returns:
+        JSON-ready. Units: gain, cost and slope are nats per sequence (∝ α², α², α); shares are in [0, 1].
+    """
+    modules = [_module(problem, plan, name) for name in problem.names]
+    report = {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in LIBRARIES},
+        },
+        "base_model": problem.config.base_model,
+        "utility": problem.config.utility.model,
+        "safety": problem.config.safety.model,
+        "merge_method": problem.config.merge_method,
+        "seconds": round(seconds, 1),
+        "modules": modules,
+        "strengths": [{**s, **_predictions(modules, s["alpha"])} for s in strengths] if plan.directions else strengths,
+        "not_covered": _not_covered(problem),
+    }
+    if plan.curvature is not None:
+        statistics = plan.curvature.statistics
+        report["sequences"] = {
+            kind: {part: len(problem.calibration[kind][i]) for i, part in enumerate(("found", "held_out"))}
+            for kind in ("harm", "benign")
+        }
+        report["fisher_trace"] = {
+            kind: sum(float(_trace(sums.fisher(name))) for name in plan.curvature.patch)
+            for kind, sums in (("harm", statistics.harm), ("benign", statistics.benign))
+        }
+    if plan.directions:
+        report["gamma"] = plan.gamma
+        report["directions"] = {name: _spectrum(plan, name) for name in plan.directions}
+    return report
+
+
+def _trace(fisher: Tensor) -> Tensor:
+    """Tr F, of a Fisher given whole or as its diagonal."""
+    return fisher.sum() if fisher.ndim == 1 else fisher.trace()
+
+
+def _module(problem: Problem, plan: Plan, name: str) -> dict[str, Any]:
+    """One row of the module table."""
+    utility, safety = problem.updates(name)
+    row = {
+        "module": name,
+        "shape": list(utility.shape),
+        "rank_utility": utility.rank,
+        "rank_safety": safety.rank,
+    }
+    if name not in plan.directions:
+        return row
+    d, f = plan.directions[name], plan.factors[name]
+    tau = plan.curvature.patch[name]
+    kept = d.vectors @ (f * d.coefficients)
+    gain, cost = d.values * d.coefficients**2, d.coefficients**2
+    weight = f * f * cost
+    return row | {
+        "n": len(f),
+        "kept": float(f.sum()),
+        "kept_energy": float(kept.square().sum() / tau.square().sum()),
+        "gain": float((f * f * gain).sum()),
+        "gain_full": float(gain.sum()),
+        "cost": float(weight.sum()),
+        "cost_full": float(cost.sum()),
+        "slope": float((f * d.slope).sum()),
+        "ray": _mean(d.values, weight),
+        "ray_held": _mean(d.ray_held, weight),
+        "damping_share": _mean(d.damping_share, weight),
+        "solver": d.status,
+    }
+
+
+def _mean(values: Tensor, weight: Tensor) -> float | None:
+    """Σ w x / Σ w; None where nothing is kept."""
+    total = float(weight.sum())
+    return float((weight * values).sum()) / total if total > 0 else None
+
+
+def _predictions(modules: Iterable[dict[str, Any]], alpha: float) -> dict[str, float]:
+    """What the quadratic model says a strength does, in nats per sequence."""
+    rows = [m for m in modules if "cost" in m]
+    return {
+        "predicted_kl": 0.5 * alpha**2 * sum(m["cost"] for m in rows),
+        "predicted_kl_unfiltered": 0.5 * alpha**2 * sum(m["cost_full"] for m in rows),
+        "refusal_slope": alpha * sum(m["slope"] for m in rows),
+    }
+
+
+def _spectrum(plan: Plan, name: str) -> dict[str, list[float]]:
+    """Per direction of one module, λ descending, six digits."""
+    d = plan.directions[name]
+    columns = {
+        "value": d.values,
+        "ray_held": d.ray_held,
+        "damping_share": d.damping_share,
+        "cost": d.coefficients**2,
+        "factor": plan.factors[name],
+    }
+    return {key: [float(f"{x:.6g}") for x in column.tolist()] for key, column in columns.items()}
+
+
+def _not_covered(problem: Problem) -> list[str]:
+    """What the merge carries along without curvature, each with how."""
+    lines = [f"{name}: whole parameter (modules_to_save), copied" for name in problem.saved]
+    biased = sorted({*problem.utility.biases, *problem.safety.biases})
+    lines += [f"{name}: LoRA bias, utility's plus alpha times safety's" for name in biased]
+    return lines
+
+
+def write_report(folder: Path, report: dict[str, Any], config: Config) -> None:
+    """report.md, report.json, pictures and the resolved configuration, into an existing folder.
+
+    Args:
+        folder: Where to write.
+        report: From `build_report`.
+        config: The configuration that was run.
+    """
+    (folder / CONFIG_NAME).write_text(config.to_yaml(), encoding="utf-8")
+    pictures = plots.draw(folder, report) if "directions" in report else []
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(render(report, pictures), encoding="utf-8")
+
+
+def render(report: dict[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
+    """The report as Markdown.
+
+    Args:
+        report: From `build_report`.
+        pictures: (file name, caption) of each picture.
+
+    Returns:
+        The text.
+    """
+    lines = [
+        f"# Merge report: {report['merge_method']}",
+        "",
+        f"Base `{report['base_model']}`, utility `{report['utility']}`, safety `{report['safety']}`. "
+        f"Settings: `{CONFIG_NAME}`. Took {report['seconds']} s.",
+        "",
+        "## Strengths",
+        "",
+        *_table(report["strengths"]),
+    ]
+    if "gamma" in report:
+        lines += [
+            "",
+            "Predicted by the quadratic model, nats per sequence: KL of the kept patch from the utility model, the "
+            "same of the whole patch, and the first-order change of log p(refusal). They hold for small steps only.",
+            "",
+            f"Shared damping γ = {report['gamma']:.4g}; sequences: {report['sequences']}; "
+            f"Fisher traces: {', '.join(f'{k} {v:.4g}' for k, v in report['fisher_trace'].items())}.",
+        ]
+    for file, caption in pictures:
+        lines += ["", f"![{caption}]({file})", "", caption]
+    lines += ["", "## Modules", "", *_table(report["modules"])]
+    lines += ["", "## Not covered by curvature", ""]
+    lines += [f"- {line}" for line in report["not_covered"]] or ["Nothing: every changed parameter was covered."]
+    lines += [
+        "",
+        "## Versions",
+        "",
+        ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A Markdown table; a column for every key of any row."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    return lines + ["| " + " | ".join(_cell(row.get(key)) for key in keys) + " |" for row in rows]
+
+
+def _cell(value: Any) -> str:
+    """A value as a table cell."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

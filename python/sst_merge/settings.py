@@ -1,0 +1,217 @@
+"""Settings of a merge, every default in one place; `config` reads them from YAML and checks them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import yaml
+
+ROLES = ("utility", "safety")
+
+
+@dataclass(frozen=True)
+class AlphaParameters:
+    """Parameters of every method.
+
+    Attributes:
+        alpha: Strength(s) of the safety patch.
+    """
+
+    alpha: float | tuple[float, ...] = 1.0
+
+
+@dataclass(frozen=True)
+class TiesParameters(AlphaParameters):
+    """TIES; α is its scale λ.
+
+    Attributes:
+        density: Share of entries each task keeps.
+    """
+
+    density: float = 0.2
+
+
+@dataclass(frozen=True)
+class DareParameters(AlphaParameters):
+    """DARE.
+
+    Attributes:
+        drop: Probability of dropping an entry.
+        seed: Of the masks.
+    """
+
+    drop: float = 0.5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FisherParameters(AlphaParameters):
+    """What every method that collects Fishers takes.
+
+    Attributes:
+        patch: "additive", τ = Δ_s; or "interpolate", τ = Δ_s − Δ_u.
+        where: "local" Fishers at θ_ft, or "path" averages over points towards θ_ft + τ.
+        points: t of the path's points.
+        point_weights: "uniform", or "linear" for weights proportional to 1 − t.
+        samples: Labels sampled per position for the true Fisher.
+        seed: Of sampled labels and of the held-out draw.
+    """
+
+    patch: str = "additive"
+    where: str = "path"
+    points: tuple[float, ...] = (0.25, 0.5)
+    point_weights: str = "uniform"
+    samples: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SstParameters(FisherParameters):
+    """SST in core coordinates; see `select.SelectionSettings`.
+
+    Attributes:
+        fisher: "exact" or "diagonal".
+        shrinkage: s in [0, 1], towards the diagonal.
+        damping: ε ≥ 0, in units of the mean diagonal of F_benign.
+        select: "top_k" or "soft".
+        k: Count (integer) or share (float in (0, 1]) of directions that top_k keeps.
+        scope: "global" or "module" ranking.
+        mu: μ > 0 of soft; the median λ when null.
+    """
+
+    fisher: str = "exact"
+    shrinkage: float = 0.3
+    damping: float = 0.1
+    select: str = "top_k"
+    k: int | float = 0.25
+    scope: str = "global"
+    mu: float | None = None
+
+
+@dataclass(frozen=True)
+class DiagonalSstParameters(FisherParameters):
+    """Diagonal SST with the authors' masks.
+
+    Attributes:
+        coordinates: "weight", of ΔW; or "core".
+        mask: "hard" keeps the top share of r = f_harm/(f_benign + ε); "soft" weights by r/max r.
+        share: Share of coordinates a hard mask keeps, per tensor.
+        epsilon: ε, in units of the mean of f_benign over all modules.
+    """
+
+    coordinates: str = "weight"
+    mask: str = "hard"
+    share: float = 0.25
+    epsilon: float = 0.1
+
+
+METHOD_PARAMETERS: dict[str, type[AlphaParameters]] = {
+    "sst": SstParameters,
+    "task_arithmetic": AlphaParameters,
+    "interpolation": AlphaParameters,
+    "ties": TiesParameters,
+    "dare": DareParameters,
+    "diagonal_sst": DiagonalSstParameters,
+}
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """One adapter.
+
+    Attributes:
+        model: Its folder.
+        weight: Multiplies its ΔW.
+    """
+
+    model: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data.
+
+    Attributes:
+        harm: JSONL of forbidden prompts with refusals.
+        benign: JSONL of prompts with answers that should not change.
+        max_length: Longer sequences are cut.
+        batch_size: Sequences a forward pass.
+        held_out: Share kept apart to judge directions by.
+    """
+
+    harm: str
+    benign: str
+    max_length: int = 512
+    batch_size: int = 8
+    held_out: float = 0.25
+
+
+@dataclass(frozen=True)
+class Output:
+    """How the merged adapter is written.
+
+    Attributes:
+        rank: Rank of every module; null is exact, as large as it needs to be.
+        dtype: Of the stored factors.
+    """
+
+    rank: int | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked configuration, every default filled in.
+
+    Attributes:
+        base_model: Folder of the base model, or its name in the local cache.
+        utility: The adapter whose ability is to be kept.
+        safety: The adapter whose refusals are wanted.
+        merge_method: A key of `METHOD_PARAMETERS`.
+        parameters: Of that method.
+        calibration: Data, for the methods that collect Fishers.
+        output: How to write.
+        dtype: In which the model runs; "auto" is the checkpoint's own.
+        device: Torch device.
+        trust_remote_code: Run code that comes with the base model.
+        download: Let the model library reach the network for `base_model`.
+    """
+
+    base_model: str
+    utility: ModelRef
+    safety: ModelRef
+    merge_method: str = "sst"
+    parameters: Any = field(default_factory=SstParameters)
+    calibration: Calibration | None = None
+    output: Output = field(default_factory=Output)
+    dtype: str = "auto"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    download: bool = False
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Every strength asked for."""
+        alpha = self.parameters.alpha
+        return alpha if isinstance(alpha, tuple) else (alpha,)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, in the form that `load_config` reads."""
+        tree = asdict(self)
+        models = [
+            {"model": ref["model"], "role": role, "parameters": {"weight": ref["weight"]}}
+            for role, ref in ((role, tree.pop(role)) for role in ROLES)
+        ]
+        tree = {"base_model": tree.pop("base_model"), "models": models, **tree}
+        if tree["calibration"] is None:
+            del tree["calibration"]
+        return yaml.safe_dump(_lists(tree), sort_keys=False)
+
+
+def _lists(tree: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(tree, dict):
+        return {key: _lists(value) for key, value in tree.items()}
+    return [_lists(value) for value in tree] if isinstance(tree, (list, tuple)) else tree

@@ -1,0 +1,102 @@
+"""Output appears whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sst_merge.atomic import check_output_dir, replace_dir, write_bytes, write_text
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()}
+
+
+def output(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("empty_exists", [False, True])
+def test_new_folder(tmp_path, empty_exists):
+    target = tmp_path / "deep" / "out"
+    if empty_exists:
+        target.mkdir(parents=True)
+    with replace_dir(target) as fresh:
+        (fresh / "a").write_text("1")
+        assert fresh.parent == target.parent and tree(target) == {}
+    assert tree(tmp_path) == {"deep/out/a": "1"}
+
+
+def test_overwrite_replaces_the_whole_folder(tmp_path):
+    target = output(tmp_path / "out", "old")
+    with replace_dir(target, overwrite=True) as fresh:
+        (fresh / "new").write_text("1")
+        assert tree(target) == {"report.json": "old"}
+    assert tree(tmp_path) == {"out/new": "1"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_exception_leaves_everything_as_it_was(tmp_path, error, exists):
+    if exists:
+        output(tmp_path / "out", "old")
+    before = tree(tmp_path)
+    with pytest.raises(error), replace_dir(tmp_path / "out", overwrite=True) as fresh:
+        (fresh / "half").write_text("1")
+        raise error
+    assert tree(tmp_path) == before
+    assert len(list(tmp_path.iterdir())) == int(exists)
+
+
+def test_interruption_between_the_two_renames_restores_the_old_folder(tmp_path, monkeypatch):
+    target = output(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def interrupted(self: Path, other: Path) -> Path:
+        if self.name.endswith(".new"):
+            raise KeyboardInterrupt
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), replace_dir(target, overwrite=True) as fresh:
+        (fresh / "new").write_text("1")
+    assert tree(tmp_path) == {"out/report.json": "old"}
+
+
+def test_refused_targets(tmp_path):
+    target = output(tmp_path / "out", "old")
+    with pytest.raises(ValueError, match="--overwrite"), replace_dir(target):
+        pytest.fail("entered")
+    (target / "report.json").rename(target / "thesis.tex")
+    with pytest.raises(ValueError, match="not a merge's output"):
+        check_output_dir(target, overwrite=True)
+    with pytest.raises(ValueError, match="is a file"):
+        check_output_dir(target / "thesis.tex", overwrite=True)
+    assert tree(tmp_path) == {"out/thesis.tex": "old"}
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
+    with pytest.raises(ValueError, match="--overwrite"), replace_dir(tmp_path / "out") as fresh:
+        (fresh / "mine").write_text("1")
+        output(tmp_path / "out", "theirs")
+    assert tree(tmp_path) == {"out/report.json": "theirs"}
+
+
+def test_a_link_is_followed(tmp_path):
+    target = output(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to(target)
+    with replace_dir(tmp_path / "link", overwrite=True) as fresh:
+        (fresh / "new").write_text("1")
+    assert (tmp_path / "link").is_symlink() and tree(target) == {"new": "1"}
+
+
+def test_files(tmp_path):
+    write_text(tmp_path / "a", "grün")
+    assert (tmp_path / "a").read_bytes() == "grün".encode()
+    write_bytes(tmp_path / "a", b"2")
+    with pytest.raises(TypeError):
+        write_bytes(tmp_path / "a", 3)
+    assert tree(tmp_path) == {"a": "2"}

@@ -1,0 +1,205 @@
+"""Whole merges on a tiny Llama: against dense ΔW, PEFT itself, and their own invariances."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sst_merge import load_config, merge
+from sst_merge.baselines import ties
+
+FISHER_RUNS = [
+    ("sst", {"fisher": "exact", "select": "top_k", "k": 0.3}),
+    ("sst", {"fisher": "exact", "select": "soft", "where": "local", "patch": "interpolate"}),
+    ("sst", {"fisher": "diagonal", "select": "top_k", "k": 5, "scope": "module"}),
+    ("diagonal_sst", {"coordinates": "core"}),
+    ("diagonal_sst", {"coordinates": "weight", "mask": "soft", "patch": "interpolate"}),
+]
+OTHER_RUNS = [
+    ("task_arithmetic", {}),
+    ("interpolation", {}),
+    ("ties", {"density": 0.4}),
+    ("dare", {"drop": 0.4}),
+]
+
+
+def dense(folder: Path) -> dict[str, torch.Tensor]:
+    """ΔW of every module as PEFT computes it (lora_alpha = 12, r as stored)."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    out = {}
+    for key, a in tensors.items():
+        if key.endswith("lora_A.weight"):
+            b = tensors[key.replace("lora_A", "lora_B")]
+            out[key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")] = (
+                config["lora_alpha"] / config["r"] * b.double() @ a.double()
+            )
+    return out
+
+
+def deltas(setup) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Module -> (Δ_u, Δ_s), zero where absent."""
+    u, s = dense(setup.utility), dense(setup.safety)
+    return {
+        n: (
+            u.get(n, torch.zeros_like(s.get(n, u.get(n)))),
+            s.get(n, torch.zeros_like(u.get(n, s.get(n)))),
+        )
+        for n in {*u, *s}
+    }
+
+
+def merged(result, alpha=1.0) -> dict[str, torch.Tensor]:
+    return {name: low.up.double() @ low.down.double() for name, low in result.updates(alpha).items()}
+
+
+@pytest.mark.parametrize(("method", "parameters"), FISHER_RUNS + OTHER_RUNS)
+def test_output_loads_in_peft_and_its_logits_are_those_of_the_merged_weights(
+    setup, tmp_path, input_ids, method, parameters
+):
+    result = merge(setup.config(method, **parameters), out=tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of missing keys
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(setup.base), tmp_path / "out").eval()
+    stored = set(load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    wanted = {k.replace(".default", "") for k in model.state_dict() if "lora_" in k}
+    assert stored == wanted
+    base = AutoModelForCausalLM.from_pretrained(setup.base).eval()
+    with torch.no_grad():
+        for name, low in result.updates(1.0).items():
+            base.get_submodule(name).weight += (low.up.double() @ low.down.double()).float()
+        expected, actual = base(input_ids).logits, model(input_ids).logits
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert set(result.updates(1.0)) == set(deltas(setup))
+    for name in ("report.md", "report.json", "sst_config.yaml"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize(("method", "parameters"), FISHER_RUNS)
+def test_the_merge_does_not_depend_on_the_gauge(setup, method, parameters):
+    """(lora_B G, G⁻¹ lora_A) is the same adapter, so it must give the same merge."""
+    config = {**setup.config(method, **parameters), "dtype": "float64"}
+    before = merged(merge(config))
+    path = setup.safety / "adapter_model.safetensors"
+    tensors = load_file(path)
+    g = torch.randn(3, 3, generator=torch.Generator().manual_seed(3)) + 2 * torch.eye(3)
+    for key in [k for k in tensors if "lora_A" in k]:
+        other = key.replace("lora_A", "lora_B")
+        tensors[key] = torch.linalg.solve(g.double(), tensors[key].double()).float().contiguous()
+        tensors[other] = (tensors[other].double() @ g.double()).float().contiguous()
+    save_file(tensors, path)
+    after = merged(merge(config))
+    for name, (u, s) in deltas(setup).items():
+        error = (after[name] - before[name]).norm() / (u.norm() + s.norm())
+        assert error < 1e-4, (name, float(error))  # the gauged factors are rounded to float32
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_linear_methods_and_sst_that_keeps_everything(setup, alpha):
+    for config, formula in (
+        (setup.config("task_arithmetic"), lambda u, s: u + alpha * s),
+        (setup.config("interpolation"), lambda u, s: (1 - alpha) * u + alpha * s),
+        (setup.config("sst", k=1.0), lambda u, s: u + alpha * s),
+        (setup.config("sst", k=1.0, patch="interpolate"), lambda u, s: (1 - alpha) * u + alpha * s),
+        (setup.config("diagonal_sst", share=1.0), lambda u, s: u + alpha * s),
+        (
+            setup.config("ties", density=0.4),
+            lambda u, s: ties([u.float(), s.float()], 0.4, alpha).double(),
+        ),
+    ):
+        actual = merged(merge(config), alpha)
+        for name, (u, s) in deltas(setup).items():
+            torch.testing.assert_close(
+                actual[name], formula(u, s), rtol=0, atol=1e-5 * float((u.abs() + s.abs()).max())
+            )
+
+
+def test_modules_of_the_utility_alone_are_kept_as_they_are(setup):
+    actual = merged(merge(setup.config("sst", k=0.1)))
+    names = [n for n in dense(setup.utility) if n not in dense(setup.safety)]
+    assert len(names) == 2
+    for name in names:
+        torch.testing.assert_close(actual[name], dense(setup.utility)[name], rtol=0, atol=1e-6)
+
+
+def test_sweep_comes_from_one_solve_and_equals_single_runs(setup, tmp_path):
+    merge(setup.config("sst", k=0.3, alpha=[0.25, 1.0]), out=tmp_path / "sweep")
+    for alpha in (0.25, 1.0):
+        merge(setup.config("sst", k=0.3, alpha=alpha), out=tmp_path / f"{alpha}")
+        one, swept = (
+            load_file(tmp_path / f"{alpha}/adapter_model.safetensors"),
+            load_file(tmp_path / f"sweep/alpha-{alpha:g}/adapter_model.safetensors"),
+        )
+        assert all(torch.equal(one[k], swept[k]) for k in one) and one.keys() == swept.keys()
+    report = json.loads((tmp_path / "sweep/report.json").read_text())
+    kl = {s["alpha"]: s["predicted_kl"] for s in report["strengths"]}
+    assert kl[0.25] == pytest.approx(kl[1.0] / 16)
+    assert [s["adapter"] for s in report["strengths"]] == ["alpha-0.25", "alpha-1"]
+
+
+def test_requested_rank_is_the_best_truncation_and_its_error_is_reported(setup, tmp_path):
+    config = {**setup.config("task_arithmetic"), "output": {"rank": 2}}
+    merge(config, out=tmp_path / "out")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    worst = 0.0
+    written = dense(tmp_path / "out")
+    for name, (u, s) in deltas(setup).items():
+        sigma = torch.linalg.svdvals(u + s)
+        error = float(sigma[2:].norm() / sigma.norm())
+        worst = max(worst, error)
+        assert float((written[name] - u - s).norm() / (u + s).norm()) == pytest.approx(error, abs=1e-5)
+    assert report["strengths"][0]["worst_truncation_error"] == pytest.approx(worst, abs=1e-5)
+    assert report["strengths"][0]["largest_rank"] == 2
+
+
+def test_report_numbers(setup, tmp_path):
+    result = merge(setup.config("sst", k=7), out=tmp_path / "out")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert sum(m.get("kept", 0) for m in report["modules"]) == 7
+    for row in report["modules"]:
+        u, s = deltas(setup)[row["module"]]
+        assert row["shape"] == list(u.shape)
+        if "kept_energy" not in row:
+            continue
+        filtered = merged(result)[row["module"]] - u
+        assert row["kept_energy"] == pytest.approx(float(filtered.norm() / s.norm()) ** 2, abs=1e-5)
+        assert 0 <= row["gain"] <= row["gain_full"] * (1 + 1e-9) and 0 <= row["cost"] <= row["cost_full"] * (1 + 1e-9)
+        assert row["kept"] == 0 or row["gain"] == pytest.approx(row["ray"] * row["cost"])
+    assert report["sequences"] == {
+        "harm": {"found": 9, "held_out": 3},
+        "benign": {"found": 8, "held_out": 2},
+    }
+    text = (tmp_path / "out/report.md").read_text()
+    for picture in ("spectrum", "gain_cost", "kept_energy", "ray_held", "damping_share"):
+        data = (tmp_path / f"out/{picture}.png").read_bytes()
+        assert data.startswith(b"\x89PNG") and f"({picture}.png)" in text
+    assert load_config(tmp_path / "out/sst_config.yaml") == load_config(setup.config("sst", k=7))
+
+
+def test_weights_scale_the_updates(setup):
+    config = setup.config("task_arithmetic")
+    config["models"][1]["parameters"] = {"weight": 0.5}
+    actual = merged(merge(config))
+    for name, (u, s) in deltas(setup).items():
+        torch.testing.assert_close(actual[name], u + 0.5 * s, rtol=0, atol=1e-6)
+
+
+def test_what_has_no_curvature_is_carried_and_named(base_dir, make_adapter, setup, tmp_path, input_ids):
+    saved, _ = make_adapter(base_dir, seed=5, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    config = setup.config("sst")
+    config["models"][0]["model"] = str(saved)
+    merge(config, out=tmp_path / "out")
+    report = (tmp_path / "out/report.md").read_text()
+    assert "lm_head.weight: whole parameter (modules_to_save), copied" in report
+    out = load_file(tmp_path / "out/adapter_model.safetensors")
+    given = load_file(saved / "adapter_model.safetensors")
+    (key,) = (k for k in given if "lm_head" in k)
+    assert torch.equal(out[key], given[key])
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(setup.base), tmp_path / "out")
