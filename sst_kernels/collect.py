@@ -154,7 +154,7 @@ class CoreGradients:
         if self._weight is not None and len(x_hat) != len(self._weight):
             raise ValueError(
                 f"module {name!r} saw {len(x_hat)} tokens but the batch's layout has {len(self._weight)}: modules that "
-                "see only some tokens (routed experts) are not covered; leave them out of `bases`"
+                "see other tokens (routed experts, position embeddings) are not covered"
             )
         weight = self._weight
         if weight is not None:

@@ -4,30 +4,33 @@ namespace sst {
 
 namespace {
 
-// A width known when compiling is a loop without branches, which vectorises.
+// The restricted pointers are what lets this vectorise.
 template <class T>
 [[gnu::always_inline]] inline void pack_row(const T* __restrict row, int64_t width,
                                             Accumulator<T> w, Accumulator<T>* __restrict out) {
   for (int64_t j = 0; j < width; ++j) out[j] = widen(row[j]) * w;
 }
 
+// One panel of `width` columns; inlined with a constant width, a row is one vector.
 template <class T>
-[[gnu::always_inline]] inline void pack(const Rows<T>& x, const TokenBlock<Accumulator<T>>& block,
-                                        bool weighted, PanelRow<Accumulator<T>>* panels) {
+[[gnu::always_inline]] inline void pack_panel(Rows<T> x, const TokenBlock<Accumulator<T>>& block,
+                                              bool weighted, int64_t width,
+                                              PanelRow<Accumulator<T>>* panel) {
   using A = Accumulator<T>;
-  for (int64_t col = 0; col < x.cols; col += kPanel, panels += kTokens) {
-    const bool whole = col + kPanel <= x.cols;
-    for (int64_t k = 0; k < block.count; ++k) {
-      const T* row = x.data + block.token[k] * x.stride + col;
-      const A w = weighted ? block.weight[k] : A(1);
-      if (whole) {
-        pack_row(row, kPanel, w, panels[k].value);
-      } else {
-        panels[k] = {};
-        pack_row(row, x.cols - col, w, panels[k].value);
-      }
-    }
+  for (int64_t k = 0, count = block.count; k < count; ++k) {
+    if (width < kPanel) panel[k] = {};
+    pack_row(x.data + block.token[k] * x.stride, width, weighted ? block.weight[k] : A(1),
+             panel[k].value);
   }
+}
+
+template <class T>
+[[gnu::always_inline]] inline void pack(Rows<T> x, const TokenBlock<Accumulator<T>>& block,
+                                        bool weighted, PanelRow<Accumulator<T>>* panels) {
+  for (; x.cols >= kPanel; x = x.columns(kPanel, x.cols), panels += kTokens) {
+    pack_panel(x, block, weighted, kPanel, panels);
+  }
+  if (x.cols > 0) pack_panel(x, block, weighted, x.cols, panels);
 }
 
 // Vectors of `Bytes` bytes; `Rows` × 1 vectors of c stay in registers while k runs.
@@ -126,7 +129,7 @@ void panel_product(int set, const PanelRow<A>* p, const PanelRow<A>* q, int64_t 
   });
 }
 
-#define SST_INSTANTIATE_PACK(T)                                                         \
+#define SST_INSTANTIATE_PACK(T)                                                           \
   template void pack_panels(int, const Rows<T>&, const TokenBlock<Accumulator<T>>&, bool, \
                             PanelRow<Accumulator<T>>*);
 SST_INSTANTIATE_PACK(Half)
@@ -134,10 +137,10 @@ SST_INSTANTIATE_PACK(BFloat16)
 SST_INSTANTIATE_PACK(float)
 SST_INSTANTIATE_PACK(double)
 
-#define SST_INSTANTIATE_PRODUCT(A)                                                        \
-  template TokenBlock<A> select_tokens(const A*, Range);                                  \
-  template void panel_product(int, const PanelRow<A>*, const PanelRow<A>*, int64_t, A*,   \
-                              int64_t, bool);
+#define SST_INSTANTIATE_PRODUCT(A)                                                               \
+  template TokenBlock<A> select_tokens(const A*, Range);                                         \
+  template void panel_product(int, const PanelRow<A>*, const PanelRow<A>*, int64_t, A*, int64_t, \
+                              bool);
 SST_INSTANTIATE_PRODUCT(float)
 SST_INSTANTIATE_PRODUCT(double)
 

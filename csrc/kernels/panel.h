@@ -30,25 +30,8 @@ struct TokenBlock {
 template <class A>
 TokenBlock<A> select_tokens(const A* weight, Range tokens);
 
-// Packs all columns of x: panels[i · kTokens + k][j] = x[token_k, i · kPanel + j], times weight_k
-// if `weighted`.
-template <class T>
-void pack_panels(const Rows<T>& x, const TokenBlock<Accumulator<T>>& block, bool weighted,
-                 PanelRow<Accumulator<T>>* panels);
-
-// c (kPanel, kPanel; rows `stride` apart) = pᵀ q = Σ_k p_k q_kᵀ, added to what is there if `add`.
-// 2 · kPanel² · count flops; reads each panel once from L1. The order of the sum over k is fixed;
-// its rounding depends on the instruction set (fused or separate multiply-add).
-template <class A>
-void panel_product(const PanelRow<A>* p, const PanelRow<A>* q, int64_t count, A* c, int64_t stride,
-                   bool add);
-
-// The same by one of the instruction sets below, which this machine must support.
-template <class A>
-void panel_product_by(int set, const PanelRow<A>* p, const PanelRow<A>* q, int64_t count, A* c,
-                      int64_t stride, bool add);
-
-// What panel_product is compiled for, best first; it uses the first that this machine supports.
+// What the two functions below are compiled for, best first. They take an index into this list, of
+// a set that the machine supports: the kernels pass instruction_set_in_use(), the best of those.
 struct InstructionSet {
   const char* name;
   bool (*supported)();
@@ -56,5 +39,18 @@ struct InstructionSet {
 extern const InstructionSet kInstructionSets[];
 extern const int kNumInstructionSets;
 int instruction_set_in_use();
+
+// Packs all columns of x: panels[i · kTokens + k][j] = x[token_k, i · kPanel + j], times weight_k
+// if `weighted`.
+template <class T>
+void pack_panels(int set, const Rows<T>& x, const TokenBlock<Accumulator<T>>& block, bool weighted,
+                 PanelRow<Accumulator<T>>* panels);
+
+// c (kPanel, kPanel; rows `stride` apart) = pᵀ q = Σ_k p_k q_kᵀ, added to what is there if `add`.
+// 2 · kPanel² · count flops; reads each panel once from L1. The order of the sum over k is fixed;
+// its rounding depends on the instruction set (fused or separate multiply-add).
+template <class A>
+void panel_product(int set, const PanelRow<A>* p, const PanelRow<A>* q, int64_t count, A* c,
+                   int64_t stride, bool add);
 
 }  // namespace sst

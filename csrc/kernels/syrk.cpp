@@ -25,6 +25,7 @@ void accumulate_member(const Syrk<T>& args, int64_t member, Range blocks,
   using A = Accumulator<T>;
   A* const s = args.s + member * args.s_batch_stride;
   const A* const weight = args.weight ? args.weight + member * args.weight_batch_stride : nullptr;
+  const int set = instruction_set_in_use();
   const A alpha = args.alpha, beta = args.beta;
   const int64_t d = args.x.cols;
   Rows<T> x = args.x;
@@ -47,15 +48,16 @@ void accumulate_member(const Syrk<T>& args, int64_t member, Range blocks,
   PanelRow<A>* const weighted = scratch + panels * kTokens;
   for (int64_t t = 0; t < args.tokens; t += kTokens) {
     const auto tokens = select_tokens(weight, {t, least(t + kTokens, args.tokens)});
-    pack_panels(x.columns(0, panels * kPanel), tokens, false, scratch);
+    pack_panels(set, x.columns(0, panels * kPanel), tokens, false, scratch);
     int64_t weighted_row = -1;
     each_block([&](const BlockIndex& block) {
       if (block.row != weighted_row) {
-        pack_panels(x.columns(block.row * kPanel, kPanel), tokens, true, weighted);
+        pack_panels(set, x.columns(block.row * kPanel, kPanel), tokens, true, weighted);
         weighted_row = block.row;
       }
       A c[kPanel][kPanel];
-      panel_product(weighted, scratch + block.col * kTokens, tokens.count, c[0], kPanel, false);
+      panel_product(set, weighted, scratch + block.col * kTokens, tokens.count, c[0], kPanel,
+                    false);
       for_lower(block, s, args.s_row_stride, d,
                 [&](A& out, int64_t i, int64_t j) { out += alpha * c[i][j]; });
     });

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-OUTPUT_MARKS = ("adapter_config.json", "report.json")
-"""A folder that holds one of these is a merge's output; `overwrite` replaces no other kind."""
+OUTPUT_MARK = "sst_config.yaml"
+"""A folder that holds this file is a merge's output; `overwrite` replaces no other kind."""
 
 
 def check_output_dir(target: str | Path, *, overwrite: bool = False) -> Path:
@@ -20,7 +20,7 @@ def check_output_dir(target: str | Path, *, overwrite: bool = False) -> Path:
 
     Args:
         target: The folder to write.
-        overwrite: Whether a folder that holds one of `OUTPUT_MARKS` may be replaced.
+        overwrite: Whether a folder that holds `OUTPUT_MARK` may be replaced.
 
     Returns:
         `target`, absolute, symbolic links resolved.
@@ -40,9 +40,9 @@ def check_output_dir(target: str | Path, *, overwrite: bool = False) -> Path:
             f"output folder: {target} exists and is not empty; "
             "pass --overwrite (overwrite=True) to replace it, or name another"
         )
-    if not any((target / mark).exists() for mark in OUTPUT_MARKS):
+    if not (target / OUTPUT_MARK).exists():
         raise ValueError(
-            f"output folder: {target} holds neither {' nor '.join(OUTPUT_MARKS)}, so it is not "
+            f"output folder: {target} holds no {OUTPUT_MARK}, so it is not "
             "a merge's output and is not replaced; remove it yourself, or name another"
         )
     return target
@@ -66,6 +66,7 @@ def replace_dir(target: str | Path, *, overwrite: bool = False) -> Iterator[Path
         ValueError: As for `check_output_dir`, on entry and again before the replacement.
     """
     target = check_output_dir(target, overwrite=overwrite)
+    made = [parent for parent in target.parents if not parent.exists()]  # innermost first
     target.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
     fresh = target.with_name(f".{target.name}.{token}.new")
@@ -82,6 +83,17 @@ def replace_dir(target: str | Path, *, overwrite: bool = False) -> Iterator[Path
             aside.rename(target)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+        if not target.exists():
+            _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, innermost first, as far as they are empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # somebody else's file lies in it
+            return
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

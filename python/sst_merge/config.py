@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ _RANGES = {  # name -> (low, high, low included, high included)
     "drop": (0.0, 1.0, True, False),
     "points": (0.0, 1.0, True, True),
     "samples": (1, math.inf, True, False),
+    "seed": (0, 2**63, True, False),
     "shrinkage": (0.0, 1.0, True, True),
     "damping": (0.0, math.inf, False, False),
     "mu": (0.0, math.inf, False, False),
@@ -84,7 +86,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: An
         ValueError: Unknown key (with the nearest known one), wrong type, value out of range, missing role or file.
     """
     if isinstance(source, Config):
-        return source
+        return replace(source, **{key: value for key, value in overrides.items() if value is not None})
     folder = Path()
     if not isinstance(source, Mapping):
         path = Path(source)
@@ -93,8 +95,8 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: An
         folder = path.parent
         try:
             source = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"config file {path} is not valid YAML: {error}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"config file {path} is not valid YAML in UTF-8: {error}") from None
     if not isinstance(source, Mapping):
         raise ValueError("the config must be a mapping with base_model, models and merge_method")
     tree = {**source, **{key: value for key, value in overrides.items() if value is not None}}
@@ -109,7 +111,7 @@ def _config(tree: dict[str, Any], folder: Path) -> Config:
         if key not in tree:
             raise ValueError(f"the config lacks `{key}`")
     method = tree.get("merge_method", "sst")
-    if method not in METHOD_PARAMETERS:
+    if not isinstance(method, str) or method not in METHOD_PARAMETERS:
         raise ValueError(f"merge_method: unknown method {method!r}{_nearest(method, METHOD_PARAMETERS)}")
     calibration = tree.get("calibration")
     parameters = METHOD_PARAMETERS[method]
@@ -128,6 +130,9 @@ def _config(tree: dict[str, Any], folder: Path) -> Config:
         **{key: _checked(key, value, str(Config.__dataclass_fields__[key].type)) for key, value in plain.items()},
     )
     _check_k(config.parameters)
+    _check_points(config.parameters)
+    if len(set(config.alphas)) < len(config.alphas):
+        raise ValueError(f"alpha: every strength may be given once, got {list(config.alphas)}")
     if method == "interpolation" and max(config.alphas) > 1:
         raise ValueError(f"alpha: interpolation needs alpha in [0, 1], got {max(config.alphas)}")
     _check_device(config.device)
@@ -148,8 +153,10 @@ def _models(entries: Any, folder: Path) -> dict[str, ModelRef]:
             raise ValueError(f"models: two entries have the role {role!r}; exactly one of each role is merged")
         if "model" not in entry:
             raise ValueError(f"models: the entry with role {role!r} lacks `model`, the adapter's folder")
-        given = {**(entry.get("parameters") or {}), "model": entry["model"]}
-        refs[role] = _section(ModelRef, given, f"models ({role})", folder)
+        given = entry.get("parameters") or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"models ({role}): parameters must be a mapping such as {{weight: 1.0}}, got {given!r}")
+        refs[role] = _section(ModelRef, {**given, "model": entry["model"]}, f"models ({role})", folder)
     for role in ROLES:
         if role not in refs:
             raise ValueError(f"models: no entry has the role {role!r}")
@@ -172,10 +179,11 @@ def _section(kind: type, given: Any, where: str, folder: Path = Path()) -> Any:
 
 
 def _resolve(path: Any, folder: Path) -> str:
-    """A path relative to the config's folder, if there is something there; otherwise as given."""
+    """The absolute path, if there is something there, seen from the config's folder; otherwise as given."""
     if not isinstance(path, str):
         raise ValueError(f"expected a path or a model's name, got {path!r}")
-    return str(folder / path) if (folder / path).exists() else path
+    found = folder / Path(path).expanduser()
+    return os.path.abspath(found) if found.exists() else path
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -191,6 +199,8 @@ def _checked(key: str, value: Any, annotation: str) -> Any:
     names = [name.strip() for name in annotation.split("|")]
     if value is None and "None" in names:
         return None
+    if names == ["tuple[float, ...]"] and not isinstance(value, list):
+        raise ValueError(f"{key}: expected a list of numbers, got {value!r}")
     if isinstance(value, list) and "tuple[float, ...]" in names:
         if not value:
             raise ValueError(f"{key}: the list is empty")
@@ -229,14 +239,26 @@ def _check_k(parameters: Any) -> None:
         )
 
 
+def _check_points(parameters: Any) -> None:
+    """Points of a path are distinct, and not all of weight zero."""
+    points = getattr(parameters, "points", ())
+    if len(set(points)) < len(points):
+        raise ValueError(f"points: every point may be given once, got {list(points)}")
+    if points and parameters.point_weights == "linear" and set(points) == {1.0}:
+        raise ValueError("points: with linear weights, 1 - t, a point below 1 is needed, got [1.0]")
+
+
 def _check_device(device: str) -> None:
     """The device exists here."""
     try:
-        available = torch.device(device).type != "cuda" or torch.cuda.is_available()
+        kind = torch.device(device).type
+        available = kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
     except RuntimeError:
         raise ValueError(f"device: {device!r} is no torch device; use cpu, cuda or cuda:N") from None
     if not available:
-        raise ValueError(f"device: {device!r} is not available (no GPU, or a torch built without CUDA); use cpu")
+        raise ValueError(
+            f"device: {device!r} is not available or not supported here; use cpu, or cuda with a GPU and its torch"
+        )
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Any, where: str) -> None:

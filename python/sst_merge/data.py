@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 CONTENT_MASK = "assistant turns (or the response and the end-of-sequence token) bear the loss; prompts do not"
@@ -19,7 +20,7 @@ class TokenSequence:
     """One tokenised calibration example.
 
     Attributes:
-        index: Line of the example in its file, from 0; the counter of its sampled labels.
+        index: Number of the example in its file, from 0; the counter of its sampled labels.
         input_ids: Token ids, length T.
         is_target: Length T; True where the token bears the loss (is to be predicted). Never at position 0.
     """
@@ -62,7 +63,11 @@ def read_examples(path: str | Path) -> list[list[dict[str, str]]]:
     if not path.is_file():
         raise ValueError(f"calibration file {path} does not exist")
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"calibration file {path} is not UTF-8: {error}") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -114,17 +119,20 @@ def tokenize(examples: Sequence[list[dict[str, str]]], tokenizer: Any, max_lengt
     for index, messages in enumerate(examples):
         ids: list[int] = []
         targets: list[bool] = []
-        for text, is_target in _segments(messages, tokenizer):
-            piece = tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids += piece
-            targets += [is_target] * len(piece)
+        try:
+            for text, is_target in _segments(messages, tokenizer):
+                piece = tokenizer(text, add_special_tokens=False)["input_ids"]
+                ids += piece
+                targets += [is_target] * len(piece)
+        except (TemplateError, ValueError) as error:
+            raise ValueError(f"example {index + 1} does not fit the tokenizer's chat template: {error}") from None
         if not tokenizer.chat_template:
             bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
             ids, targets = (
                 ([] if bos is None else [bos]) + ids,
                 ([] if bos is None else [False]) + targets,
             )
-            if eos is not None:
+            if eos is not None and targets:
                 ids, targets = [*ids, eos], [*targets, targets[-1]]
         if any(targets[1:max_length]):
             sequences.append(TokenSequence(index, ids[:max_length], [False, *targets[1:max_length]]))
@@ -150,8 +158,8 @@ def _segments(messages: list[dict[str, str]], tokenizer: Any) -> Iterator[tuple[
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not is_target)
             if not text.startswith(done):
                 raise ValueError(
-                    "the tokenizer's chat template rewrites earlier turns when later ones are added, so the "
-                    "assistant's tokens cannot be located; give single-turn examples (prompt and response)"
+                    "it renders earlier turns differently when later ones are added (or its generation prompt is not "
+                    "how an answer begins), so the assistant's tokens are not found"
                 )
             yield text[len(done) :], is_target
             done = text

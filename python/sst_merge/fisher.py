@@ -63,6 +63,11 @@ class FisherSums:
         second = self.second[name].double() / self.count
         return second if self.diagonal else second.tril() + second.tril(-1).mT
 
+    def diagonal_of(self, name: str) -> Tensor:
+        """Diag F, (n,), float64."""
+        second = self.second[name]
+        return (second if self.diagonal else second.diagonal()).double() / self.count
+
     def mean_gradient(self, name: str) -> Tensor:
         """ḡ = Σ w g / Σ w, (n,), float64."""
         return self.first[name].double() / self.count
@@ -217,7 +222,7 @@ class Collector:
 
             def consume(name: str, rows: Tensor, seen: set[str] = seen) -> None:
                 if name in seen:
-                    raise ValueError(f"module {name!r} is called more than once in a forward pass; exclude it")
+                    raise ValueError(f"module {name!r} is called more than once in a forward pass: not supported")
                 seen.add(name)
                 sums.add(name, rows, weight / samples)
 
@@ -231,12 +236,12 @@ def _check_complete(sums: FisherSums, names: Iterable[str]) -> None:
     for name in names:
         if name not in sums.second:
             raise ValueError(
-                f"no gradient reached module {name!r}: the model does not use it for this data; exclude it"
+                f"no gradient reached module {name!r}: the model does not use it; train the adapters without it"
             )
-        if not torch.isfinite(sums.second[name].diagonal() if not sums.diagonal else sums.second[name]).all():
+        if not torch.isfinite(sums.diagonal_of(name)).all():
             raise ValueError(
-                f"the gradients of module {name!r} are not finite: the model overflows in its dtype; "
-                "use --dtype float32 or bfloat16"
+                f"the gradients of module {name!r} are not finite: the base has NaN weights or overflows in its dtype; "
+                "try --dtype float32 or bfloat16"
             )
 
 

@@ -16,16 +16,20 @@ if TYPE_CHECKING:
     from .problem import Problem
 
 _SUMS = 4  # harm and benign, found and held out
-_SOLVER_WORKSPACE = 8 * (1 << 25) * 6  # stacked pencils, factors and vectors in float64
+_STACKED = 1 << 25  # entries of a stack of pencils
+_WORKSPACE = 8 * 6  # bytes an entry: pencils, factors and vectors in float64
 
 
-def estimate_memory(problem: Problem, bases: Mapping[str, CoreBasis], diagonal: bool) -> dict[str, int]:
+def estimate_memory(
+    problem: Problem, bases: Mapping[str, CoreBasis], diagonal: bool, coordinates: str
+) -> dict[str, int]:
     """Bytes by use: model, activations, Fisher sums, directions.
 
     Args:
         problem: The merge problem.
         bases: Modules whose Fishers are collected.
         diagonal: Only diagonals are kept.
+        coordinates: "core" or "weight"; in the latter nothing is solved.
 
     Returns:
         Use -> bytes. Activations are a rule of thumb: 34 numbers a token, layer and hidden unit, as Korthikanti et
@@ -38,14 +42,15 @@ def estimate_memory(problem: Problem, bases: Mapping[str, CoreBasis], diagonal: 
     tokens = min(calibration.max_length, longest) * calibration.batch_size
     n = [basis.n for basis in bases.values()]
     entries = sum(n) if diagonal else sum(i * i for i in n)
-    vectors = sum(i * i for i in n) if not diagonal else 0
-    workspace = 0 if diagonal else min(_SOLVER_WORKSPACE, 8 * 6 * entries)
+    squares = sum(i * i for i in n)
+    solved = 0 if coordinates == "weight" else 8 * squares + min(_WORKSPACE * max(_STACKED, max(n) ** 2), 8 * squares)
     return {
         "model": problem.parameter_count * width,
         "activations": tokens * (17 * width * text.num_hidden_layers * text.hidden_size + 12 * text.vocab_size),
         "gradient rows": calibration.batch_size * max(n) * 4,
         "Fisher sums": _SUMS * 4 * entries,
-        "directions": 8 * vectors + workspace,
+        "directions": solved,
+        "cores": 7 * 8 * sum(n),
     }
 
 
@@ -56,18 +61,19 @@ def available_memory(device: str) -> int:
     return psutil.virtual_memory().available
 
 
-def check_memory(problem: Problem, bases: Mapping[str, CoreBasis], diagonal: bool) -> None:
+def check_memory(problem: Problem, bases: Mapping[str, CoreBasis], diagonal: bool, coordinates: str) -> None:
     """Print the estimate; refuse a collection that cannot fit.
 
     Args:
         problem: The merge problem.
         bases: Modules whose Fishers are collected.
         diagonal: Only diagonals are kept.
+        coordinates: "core" or "weight"; in the latter nothing is solved.
 
     Raises:
         ValueError: The estimate is over what is available.
     """
-    estimate = estimate_memory(problem, bases, diagonal)
+    estimate = estimate_memory(problem, bases, diagonal, coordinates)
     total, available = sum(estimate.values()), available_memory(problem.config.device)
     parts = ", ".join(f"{use} {_size(size)}" for use, size in estimate.items())
     where = f"{_size(available)} available on {problem.config.device}"
@@ -79,7 +85,8 @@ def check_memory(problem: Problem, bases: Mapping[str, CoreBasis], diagonal: boo
             "activations": "lower calibration.batch_size or calibration.max_length",
             "gradient rows": "lower calibration.batch_size, or use core coordinates",
             "Fisher sums": "use `fisher: diagonal`, or adapters of lower rank",
-            "directions": "use `fisher: diagonal`, or adapters of lower rank",
+            "directions": "use adapters of lower rank",
+            "cores": "use core coordinates",
         }[largest]
         raise ValueError(f"memory: {_size(total)} are needed, {_size(available)} are available; {largest}: {advice}")
 

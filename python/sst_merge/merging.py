@@ -66,6 +66,19 @@ def merge(
         ValueError: Anything the user can mend, with the remedy.
     """
     config = load_config(config, **overrides)
+    if out is not None:
+        _refuse_inputs(Path(out), config)
+    try:
+        return _merge(config, out, overwrite)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the device ran out of memory; lower calibration.batch_size or max_length, or use --dtype bfloat16: "
+            f"{error}"
+        ) from error
+
+
+def _merge(config: Config, out: str | Path | None, overwrite: bool) -> MergeResult:
+    """`merge` of a checked configuration."""
     with nullcontext() if out is None else replace_dir(out, overwrite=overwrite) as folder:
         started = time.perf_counter()
         problem = Problem(config)
@@ -92,22 +105,33 @@ def _write_strength(problem: Problem, plan: Plan, alpha: float, folder: Path | N
     }
     if folder is None:
         return strength
-    subfolder = folder if len(problem.config.alphas) == 1 else folder / f"alpha-{alpha:g}"
+    subfolder = folder if len(problem.config.alphas) == 1 else folder / f"alpha-{alpha!r}"
     subfolder.mkdir(exist_ok=True)
     write_files(
         subfolder,
         updates,
         sources=(problem.utility, problem.safety),
-        biases=_biases(problem, alpha),
+        biases=_biases(problem, plan, alpha),
         saved=problem.saved,
         dtype=getattr(torch, output.dtype),
     )
     return {**strength, "adapter": subfolder.relative_to(folder).as_posix()}
 
 
-def _biases(problem: Problem, alpha: float) -> dict[str, Tensor]:
-    """b_u + α b_s of modules with a LoRA bias: added without curvature, and named in the report."""
-    merged = dict(problem.utility.biases)
-    for name, bias in problem.safety.biases.items():
-        merged[name] = merged[name] + alpha * bias if name in merged else alpha * bias
+def _biases(problem: Problem, plan: Plan, alpha: float) -> dict[str, Tensor]:
+    """LoRA biases, merged by the method's formula without curvature; one that an adapter lacks is zero there."""
+    utility, safety = problem.utility.biases, problem.safety.biases
+    merged = {}
+    for name in {**utility, **safety}:
+        given = [biases.get(name) for biases in (utility, safety)]
+        zero = torch.zeros_like(next(b for b in given if b is not None))
+        merged[name] = plan.biases(*(zero if b is None else b for b in given), alpha)
     return merged
+
+
+def _refuse_inputs(out: Path, config: Config) -> None:
+    """ValueError if the output would replace what is being read."""
+    for source in (config.base_model, config.utility.model, config.safety.model):
+        target, read = out.resolve(), Path(source).resolve()
+        if target == read or target in read.parents or read in target.parents:
+            raise ValueError(f"output folder: {out} holds, or lies in, the input {source}; name another")

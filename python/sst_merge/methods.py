@@ -13,14 +13,18 @@ from .adapters import LowRank, factor
 from .baselines import dare, diagonal_sst_mask, interpolation, task_arithmetic, ties
 from .coordinates import from_core
 from .problem import Curvature, Problem
-from .select import Directions, SelectionSettings, apply_filter, filter_factors, find_directions
+from .select import Directions, apply_filter, filter_factors, find_directions, shared_damping
 from .settings import (
     AlphaParameters,
     DareParameters,
     DiagonalSstParameters,
+    FisherParameters,
     SstParameters,
     TiesParameters,
 )
+
+Formula = Callable[[Tensor, Tensor, float], Tensor]
+"""(utility's, safety's, α) -> merged, of tensors of one shape."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Plan:
     Attributes:
         update: (module name, α) -> ΔW, with ΔW's matrix given either as a core in `problem.bases` or dense.
         in_core: Whether `update` gives cores.
+        biases: (b_u, b_s, α) -> merged LoRA bias of a module.
         directions: Module name -> solution of its pencil (SST only).
         factors: Module name -> filter factors (SST only).
         curvature: The statistics used, if any.
@@ -38,6 +43,7 @@ class Plan:
 
     update: Callable[[str, float], Tensor]
     in_core: bool
+    biases: Formula
     directions: Mapping[str, Directions] = field(default_factory=dict)
     factors: Mapping[str, Tensor] = field(default_factory=dict)
     curvature: Curvature | None = None
@@ -73,7 +79,7 @@ def _in_core(
     """A method that is linear in the two updates, done exactly on their cores."""
 
     def build(problem: Problem, parameters: AlphaParameters) -> Plan:
-        return Plan(lambda name, alpha: formula(*problem.cores(name), alpha), in_core=True)
+        return Plan(lambda name, alpha: formula(*problem.cores(name), alpha), True, formula)
 
     return build
 
@@ -84,7 +90,7 @@ def _ties(problem: Problem, parameters: TiesParameters) -> Plan:
     def update(name: str, alpha: float) -> Tensor:
         return ties([u.dense() for u in problem.updates(name)], parameters.density, alpha)
 
-    return Plan(update, in_core=False)
+    return Plan(update, False, lambda u, s, scale: ties([u, s], parameters.density, scale))
 
 
 def _dare(problem: Problem, parameters: DareParameters) -> Plan:
@@ -95,55 +101,48 @@ def _dare(problem: Problem, parameters: DareParameters) -> Plan:
         utility, safety = (dare(u.dense(), parameters.drop, generator) for u in problem.updates(name))
         return task_arithmetic(utility, safety, alpha)
 
-    return Plan(update, in_core=False)
+    return Plan(update, False, task_arithmetic)
 
 
 def _diagonal_sst(problem: Problem, parameters: DiagonalSstParameters) -> Plan:
     """Δ_u + α m⊙τ, m from the diagonal Fishers of ΔW or of the core."""
     curvature = problem.curvature(parameters, coordinates=parameters.coordinates, diagonal=True)
     in_core = parameters.coordinates == "core"
-    harm, benign = (
-        {name: _diagonal(sums.fisher(name)) for name in curvature.patch}
-        for sums in (curvature.statistics.harm, curvature.statistics.benign)
-    )
-    mean = sum(float(b.sum()) for b in benign.values()) / sum(b.numel() for b in benign.values())
+    statistics, names = curvature.statistics, list(curvature.patch)
+    epsilon = shared_damping(statistics.benign, names, parameters.epsilon)
     share = parameters.share if parameters.mask == "hard" else None
+    kept = {}
+    for name, tau in curvature.patch.items():
+        diagonals = statistics.harm.diagonal_of(name), statistics.benign.diagonal_of(name)
+        kept[name] = diagonal_sst_mask(*diagonals, epsilon, share).reshape(tau.shape) * tau
 
-    def update(name: str, alpha: float) -> Tensor:
-        if name not in curvature.patch:
-            return curvature.origin[name]
-        tau = curvature.patch[name]
-        mask = diagonal_sst_mask(harm[name], benign[name], parameters.epsilon * mean, share)
-        return curvature.origin[name] + alpha * mask.reshape(tau.shape) * tau
-
-    return Plan(update, in_core, curvature=curvature)
-
-
-def _diagonal(fisher: Tensor) -> Tensor:
-    """Diag F of a Fisher given whole or as its diagonal."""
-    return fisher if fisher.ndim == 1 else fisher.diagonal()
+    biases = _unfiltered(parameters)
+    return Plan(_add_filtered(curvature, kept), in_core, biases, curvature=curvature)
 
 
 def _sst(problem: Problem, parameters: SstParameters) -> Plan:
     """Δ_u + α·Filter(τ), Filter from the pencils (F_harm, F_benign + γI)."""
     curvature = problem.curvature(parameters, diagonal=parameters.fisher == "diagonal")
-    settings = SelectionSettings(
-        representation=parameters.fisher,
-        shrinkage=parameters.shrinkage,
-        damping=parameters.damping,
-        rule=parameters.select,
-        k=parameters.k,
-        scope=parameters.scope,
-        mu=parameters.mu,
-    )
-    directions, gamma = find_directions(curvature.statistics, curvature.patch, settings)
-    factors = filter_factors(directions, settings)
+    directions, gamma = find_directions(curvature.statistics, curvature.patch, parameters)
+    factors = filter_factors(directions, parameters)
     kept = {name: apply_filter(d, factors[name], curvature.patch[name].shape) for name, d in directions.items()}
+
+    update, biases = _add_filtered(curvature, kept), _unfiltered(parameters)
+    return Plan(update, True, biases, directions, factors, curvature, gamma)
+
+
+def _add_filtered(curvature: Curvature, kept: Mapping[str, Tensor]) -> Callable[[str, float], Tensor]:
+    """(name, α) -> Δ_u + α·Filter(τ), the filtered patch given; Δ_u where there is no patch."""
 
     def update(name: str, alpha: float) -> Tensor:
         return curvature.origin[name] + alpha * kept[name] if name in kept else curvature.origin[name]
 
-    return Plan(update, True, directions, factors, curvature, gamma)
+    return update
+
+
+def _unfiltered(parameters: FisherParameters) -> Formula:
+    """The merge of what no Fisher covers: as if the whole patch were kept."""
+    return task_arithmetic if parameters.patch == "additive" else interpolation
 
 
 METHODS: dict[str, Callable[[Problem, Any], Plan]] = {

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-FLOOR = 1e-12  # λ below this share of the largest is drawn at it
+FLOOR = 1e-6  # λ below this share of the largest is drawn at it
 
 
 def draw(folder: Path, report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -37,7 +37,7 @@ def draw(folder: Path, report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "kept_energy.png",
-            "Share of the patch's squared norm that is kept, per module.",
+            "Squared norm of the kept patch over the whole one's (may exceed 1: no Euclidean projection).",
             _kept_energy,
         ),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -46,6 +48,9 @@ class Problem:
     Args:
         config: The checked configuration.
 
+    Attributes:
+        remarks: What the user should know; printed in the report.
+
     Raises:
         ValueError: An adapter cannot be read, the two do not fit each other, or one does not fit the base.
     """
@@ -60,8 +65,15 @@ class Problem:
             check_fits(adapter, skeleton)
         self.parameter_count = sum(p.numel() for p in skeleton.parameters())
         self.model_config = skeleton.config.get_text_config()
-        self.dtype_name = str(self.model_config.dtype or "float32") if config.dtype == "auto" else config.dtype
+        self.dtype_name = (
+            str(self.model_config.dtype or "float32").removeprefix("torch.") if config.dtype == "auto" else config.dtype
+        )
         self.names = tuple(sorted({*self.utility.updates, *self.safety.updates}))
+        self.remarks = [
+            f"the {role} adapter names the base {adapter.base_model!r}; merged on {config.base_model!r}"
+            for role, adapter in (("utility", self.utility), ("safety", self.safety))
+            if adapter.base_model and os.path.abspath(adapter.base_model) != os.path.abspath(config.base_model)
+        ]
         self._curvature: dict[tuple, Curvature] = {}
 
     def updates(self, name: str) -> tuple[LowRank, LowRank]:
@@ -89,19 +101,19 @@ class Problem:
         try:
             return AutoTokenizer.from_pretrained(c.base_model, **options)
         except (OSError, ValueError) as error:
-            raise ValueError(f"base_model: no tokenizer could be loaded from {c.base_model!r}: {error}") from None
+            hint = "save the model's tokenizer into its folder"
+            raise ValueError(f"base_model: no tokenizer in {c.base_model!r} ({hint}): {error}") from None
 
     @cached_property
     def model(self) -> nn.Module:
         """The base model θ_0 in eval mode, with what the adapters carry besides low-rank updates put in place."""
         model = self._from_pretrained(on_meta=False)
-        with torch.no_grad():
-            for name, value in self.saved.items():
-                model.get_parameter(name).copy_(value)
-            for name, bias in self.utility.biases.items():
-                module = model.get_submodule(name)
-                start = torch.zeros_like(bias) if module.bias is None else module.bias
-                module.bias = nn.Parameter((start + bias.to(start.device)).to(module.weight.dtype))
+        for name, value in self.saved.items():
+            _replace(model, name, value)
+        for name, bias in self.utility.biases.items():
+            module = model.get_submodule(name)
+            start = torch.zeros(len(bias), dtype=module.weight.dtype) if module.bias is None else module.bias.detach()
+            module.bias = nn.Parameter((start.to(bias) + bias).to(start.dtype).to(module.weight.device))
         return model.eval()
 
     @property
@@ -121,23 +133,45 @@ class Problem:
                         AutoConfig.from_pretrained(c.base_model, **options),
                         trust_remote_code=c.trust_remote_code,
                     )
-            return AutoModelForCausalLM.from_pretrained(c.base_model, dtype=c.dtype, **options).to(c.device)
-        except (OSError, ValueError) as error:
-            hint = "give a folder, or a name in the local cache; `download: true` lets it be fetched"
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                c.base_model, dtype=c.dtype, use_safetensors=True, output_loading_info=True, **options
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            hint = "give a folder with safetensors, or a name in the local cache; `download: true` lets it be fetched"
             raise ValueError(f"base_model: {c.base_model!r} could not be loaded ({hint}): {error}") from None
+        if loading["missing_keys"]:
+            raise ValueError(f"base_model: {c.base_model!r} lacks the weights {sorted(loading['missing_keys'])}")
+        return model.to(c.device)
 
     @cached_property
     def calibration(self) -> dict[str, tuple[list[TokenSequence], list[TokenSequence]]]:
         """Keys "harm" and "benign" -> (found, held-out) sequences."""
-        c = self.config.calibration
+        c, tokenizer = self.config.calibration, self.tokenizer
         parts = {}
         for kind, path in (("harm", c.harm), ("benign", c.benign)):
             try:
-                sequences = tokenize(read_examples(path), self.tokenizer, c.max_length)
+                examples = read_examples(path)
+                sequences = tokenize(examples, tokenizer, c.max_length)
+                self._check_tokens(sequences)
+                if len(sequences) < len(examples):
+                    left_out = f"{len(examples) - len(sequences)} of {len(examples)} examples left out"
+                    self.remarks.append(f"calibration.{kind}: {left_out}, no loss-bearing token within max_length")
                 parts[kind] = split_held_out(sequences, c.held_out, self.config.parameters.seed)
             except ValueError as error:
                 raise ValueError(f"calibration.{kind} ({path}): {error}") from None
         return parts
+
+    def _check_tokens(self, sequences: list[TokenSequence]) -> None:
+        """The base can embed every token at every position."""
+        positions = getattr(self.model_config, "max_position_embeddings", None)
+        longest = max(len(s.input_ids) for s in sequences)
+        if positions is not None and longest > positions:
+            raise ValueError(f"a sequence has {longest} tokens, the base takes {positions}; lower max_length")
+        largest, vocabulary = max(max(s.input_ids) for s in sequences), self.model_config.vocab_size
+        if largest >= vocabulary:
+            raise ValueError(
+                f"the tokenizer gives token {largest}, the base's vocabulary has {vocabulary}: they do not fit"
+            )
 
     def curvature(
         self, parameters: FisherParameters, *, coordinates: str = "core", diagonal: bool = False
@@ -174,8 +208,8 @@ class Problem:
             bases[name], origin[name], patch[name] = basis, cores[0], tau
         changed = {name: tau for name, tau in patch.items() if tau.any()}
         if not changed:
-            raise ValueError("the safety adapter changes nothing: all its updates are zero")
-        check_memory(self, {name: bases[name] for name in changed}, diagonal)
+            raise ValueError("the patch is zero: the safety adapter changes nothing, or both adapters are the same")
+        check_memory(self, {name: bases[name] for name in changed}, diagonal, coordinates)
         settings = _collection_settings(parameters, self.config, diagonal)
         with Collector(self.model, bases, origin, changed, settings) as collector:
             statistics = collect_statistics(collector, self.calibration["harm"], self.calibration["benign"])
@@ -192,6 +226,15 @@ def _read(path: str, weight: float, device: str) -> Adapter:
         updates={name: update.scaled(weight) for name, update in adapter.updates.items()},
         biases={name: weight * bias for name, bias in adapter.biases.items()},
     )
+
+
+def _replace(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give a module its own copy of a parameter or buffer, as PEFT does: tied weights stay as they were."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    current = getattr(module, leaf)
+    value = value.to(current.device, current.dtype)
+    setattr(module, leaf, nn.Parameter(value) if isinstance(current, nn.Parameter) else value)
 
 
 def _points(parameters: FisherParameters) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -30,7 +30,8 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]], 
         seconds: Wall time so far.
 
     Returns:
-        JSON-ready. Units: gain, cost and slope are nats per sequence (∝ α², α², α); shares are in [0, 1].
+        JSON-ready. Units: gain, cost and slope are nats per sequence (∝ α², α², α); damping shares are in [0, 1]. Kept
+        energy may exceed 1: the projector is orthogonal in the metric F_benign + γI, not in the Euclidean one.
     """
     modules = [_module(problem, plan, name) for name in problem.names]
     report = {
@@ -45,6 +46,7 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]], 
         "seconds": round(seconds, 1),
         "modules": modules,
         "strengths": [{**s, **_predictions(modules, s["alpha"])} for s in strengths] if plan.directions else strengths,
+        "remarks": problem.remarks,
         "not_covered": _not_covered(problem),
     }
     if plan.curvature is not None:
@@ -54,18 +56,13 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]], 
             for kind in ("harm", "benign")
         }
         report["fisher_trace"] = {
-            kind: sum(float(_trace(sums.fisher(name))) for name in plan.curvature.patch)
+            kind: sum(float(sums.diagonal_of(name).sum()) for name in plan.curvature.patch)
             for kind, sums in (("harm", statistics.harm), ("benign", statistics.benign))
         }
     if plan.directions:
         report["gamma"] = plan.gamma
         report["directions"] = {name: _spectrum(plan, name) for name in plan.directions}
     return report
-
-
-def _trace(fisher: Tensor) -> Tensor:
-    """Tr F, of a Fisher given whole or as its diagonal."""
-    return fisher.sum() if fisher.ndim == 1 else fisher.trace()
 
 
 def _module(problem: Problem, plan: Plan, name: str) -> dict[str, Any]:
@@ -92,6 +89,8 @@ def _module(problem: Problem, plan: Plan, name: str) -> dict[str, Any]:
         "gain_full": float(gain.sum()),
         "cost": float(weight.sum()),
         "cost_full": float(cost.sum()),
+        "kl": 0.5 * float(weight.sum() - plan.gamma * kept.square().sum()),
+        "kl_full": 0.5 * float(cost.sum() - plan.gamma * tau.square().sum()),
         "slope": float((f * d.slope).sum()),
         "ray": _mean(d.values, weight),
         "ray_held": _mean(d.ray_held, weight),
@@ -108,10 +107,10 @@ def _mean(values: Tensor, weight: Tensor) -> float | None:
 
 def _predictions(modules: Iterable[dict[str, Any]], alpha: float) -> dict[str, float]:
     """What the quadratic model says a strength does, in nats per sequence."""
-    rows = [m for m in modules if "cost" in m]
+    rows = [m for m in modules if "kl" in m]
     return {
-        "predicted_kl": 0.5 * alpha**2 * sum(m["cost"] for m in rows),
-        "predicted_kl_unfiltered": 0.5 * alpha**2 * sum(m["cost_full"] for m in rows),
+        "predicted_kl": alpha**2 * sum(m["kl"] for m in rows),
+        "predicted_kl_unfiltered": alpha**2 * sum(m["kl_full"] for m in rows),
         "refusal_slope": alpha * sum(m["slope"] for m in rows),
     }
 
@@ -133,7 +132,7 @@ def _not_covered(problem: Problem) -> list[str]:
     """What the merge carries along without curvature, each with how."""
     lines = [f"{name}: whole parameter (modules_to_save), copied" for name in problem.saved]
     biased = sorted({*problem.utility.biases, *problem.safety.biases})
-    lines += [f"{name}: LoRA bias, utility's plus alpha times safety's" for name in biased]
+    lines += [f"{name}: LoRA bias, merged by the method's formula, unfiltered" for name in biased]
     return lines
 
 
@@ -169,22 +168,31 @@ def render(report: dict[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
         "",
         "## Strengths",
         "",
-        *_table(report["strengths"]),
+        *markdown_table(report["strengths"]),
     ]
     if "gamma" in report:
         lines += [
             "",
             "Predicted by the quadratic model, nats per sequence: KL of the kept patch from the utility model, the "
-            "same of the whole patch, and the first-order change of log p(refusal). They hold for small steps only.",
+            "same of the whole patch (both without damping), and the first-order change of log p(refusal). They hold "
+            "for small steps only.",
             "",
-            f"Shared damping γ = {report['gamma']:.4g}; sequences: {report['sequences']}; "
-            f"Fisher traces: {', '.join(f'{k} {v:.4g}' for k, v in report['fisher_trace'].items())}.",
+            f"Shared damping γ = {report['gamma']:.4g}.",
         ]
+    if "sequences" in report:
+        traces = ", ".join(f"{kind} {value:.4g}" for kind, value in report["fisher_trace"].items())
+        counts = "; ".join(
+            f"{kind}: {n['found']} to find directions, {n['held_out']} held out"
+            for kind, n in report["sequences"].items()
+        )
+        lines += ["", f"Sequences: {counts}. Fisher traces: {traces}."]
+    lines += ["", *(f"- Remark: {remark}" for remark in report["remarks"])]
     for file, caption in pictures:
         lines += ["", f"![{caption}]({file})", "", caption]
-    lines += ["", "## Modules", "", *_table(report["modules"])]
+    lines += ["", "## Modules", "", *markdown_table(report["modules"])]
+    covered = "every changed parameter is." if "sequences" in report else "this method uses none."
     lines += ["", "## Not covered by curvature", ""]
-    lines += [f"- {line}" for line in report["not_covered"]] or ["Nothing: every changed parameter was covered."]
+    lines += [f"- {line}" for line in report["not_covered"]] or [f"Nothing to name: {covered}"]
     lines += [
         "",
         "## Versions",
@@ -195,7 +203,7 @@ def render(report: dict[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A Markdown table; a column for every key of any row."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]

@@ -18,31 +18,9 @@ from sst_kernels import Diagonal, EigenResult, Pencil, Status, solve
 from sst_kernels.result import REMEDIES
 
 from .fisher import FisherSums, Statistics
+from .settings import SstParameters
 
 _ELEMENTS_AT_ONCE = 1 << 25  # of one side of the stacked pencils: 256 MB in float64
-
-
-@dataclass(frozen=True)
-class SelectionSettings:
-    """Which directions are kept.
-
-    Attributes:
-        representation: "exact" or "diagonal" Fishers.
-        shrinkage: s in [0, 1], of both Fishers towards their diagonal.
-        damping: ε ≥ 0.
-        rule: "top_k" keeps the k largest λ; "soft" weights each direction by λ/(λ+μ).
-        k: Directions to keep with "top_k": a count, or a share in (0, 1] of all.
-        scope: "module": k in every module; "global": k over all modules by one ranking.
-        mu: μ of "soft"; the median λ over all modules when None.
-    """
-
-    representation: str = "exact"
-    shrinkage: float = 0.3
-    damping: float = 0.1
-    rule: str = "top_k"
-    k: int | float = 0.25
-    scope: str = "global"
-    mu: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,20 +48,14 @@ class Directions:
 
 def shared_damping(benign: FisherSums, names: list[str], epsilon: float) -> float:
     """γ = ε·Σ tr F_benign / Σ n over the modules named."""
-    diagonals = [_diagonal(benign, name) for name in names]
+    diagonals = [benign.diagonal_of(name) for name in names]
     return epsilon * sum(float(d.sum()) for d in diagonals) / sum(len(d) for d in diagonals)
 
 
-def _diagonal(sums: FisherSums, name: str) -> Tensor:
-    """Diag F, (n,), float64."""
-    fisher = sums.fisher(name)
-    return fisher if fisher.ndim == 1 else fisher.diagonal()
-
-
-def _shrunk(sums: FisherSums, name: str, settings: SelectionSettings) -> Tensor:
+def _shrunk(sums: FisherSums, name: str, settings: SstParameters) -> Tensor:
     """(1−s)F + s·diag F, (n, n); only the diagonal, (n,), where the representation is diagonal."""
-    diagonal = _diagonal(sums, name)
-    if settings.representation == "diagonal":
+    diagonal = sums.diagonal_of(name)
+    if settings.fisher == "diagonal":
         return diagonal
     s = settings.shrinkage
     return (1 - s) * sums.fisher(name) + s * torch.diag(diagonal)
@@ -107,7 +79,7 @@ def _batches_of_equal_n(statistics: Statistics, names: list[str]) -> Iterator[li
 
 
 def find_directions(
-    statistics: Statistics, patch: Mapping[str, Tensor], settings: SelectionSettings
+    statistics: Statistics, patch: Mapping[str, Tensor], settings: SstParameters
 ) -> tuple[dict[str, Directions], float]:
     """All eigenpairs of every module's pencil.
 
@@ -128,7 +100,7 @@ def find_directions(
     for group in _batches_of_equal_n(statistics, names):
         a = torch.stack([_shrunk(statistics.harm, name, settings) for name in group])
         b = torch.stack([_shrunk(statistics.benign, name, settings) for name in group])
-        if settings.representation == "diagonal":
+        if settings.fisher == "diagonal":
             b = b + gamma
             result = solve(Pencil(Diagonal(a), Diagonal(b)), b.shape[-1])
         else:
@@ -150,7 +122,7 @@ def _check_solved(name: str, result: EigenResult, i: int) -> str:
             f"the pencil of module {name!r} could not be solved: {reasons}. A is F_harm, B is F_benign + γI: raise "
             "`damping`, or give more benign examples"
         )
-    return "|".join(bit.name for bit in Status if bit in status)
+    return ", ".join(bit.name for bit in Status if bit in status)
 
 
 def _directions(
@@ -173,7 +145,7 @@ def _directions(
     return Directions(values, vectors, coefficients, held, share, slope, status)
 
 
-def filter_factors(directions: Mapping[str, Directions], settings: SelectionSettings) -> dict[str, Tensor]:
+def filter_factors(directions: Mapping[str, Directions], settings: SstParameters) -> dict[str, Tensor]:
     """f_i ∈ [0, 1] of every direction.
 
     Args:
@@ -187,16 +159,23 @@ def filter_factors(directions: Mapping[str, Directions], settings: SelectionSett
         ValueError: k is larger than the number of directions.
     """
     values = {name: d.values for name, d in directions.items()}
-    if settings.rule == "soft":
-        mu = settings.mu
-        if mu is None:
-            mu = float(torch.cat(list(values.values())).median())
+    if settings.select == "soft":
+        mu = _median_gain(values) if settings.mu is None else settings.mu
         return {name: v.clamp(min=0) / (v.clamp(min=0) + mu) for name, v in values.items()}
     if settings.scope == "module":
         counts = {name: _count(settings.k, len(v), f"module {name!r}") for name, v in values.items()}
     else:
         counts = _global_counts(values, settings.k)
     return {name: (torch.arange(len(v), device=v.device) < counts[name]).to(v.dtype) for name, v in values.items()}
+
+
+def _median_gain(values: Mapping[str, Tensor]) -> float:
+    """Median of the λ above rounding: zeros of a low-rank F_harm say nothing about the scale of the others."""
+    pooled = torch.cat(list(values.values()))
+    positive = pooled[pooled > len(pooled) * torch.finfo(pooled.dtype).eps * pooled.max()]
+    if not len(positive):
+        raise ValueError("mu: every λ is zero, so there is no median to take; check that the harm data bear gradients")
+    return float(positive.median())
 
 
 def _count(k: int | float, n: int, where: str) -> int:

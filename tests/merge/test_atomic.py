@@ -15,7 +15,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 def output(folder: Path, text: str) -> Path:
     folder.mkdir(parents=True)
-    (folder / "report.json").write_text(text)
+    (folder / "sst_config.yaml").write_text(text)
     return folder
 
 
@@ -34,7 +34,7 @@ def test_overwrite_replaces_the_whole_folder(tmp_path):
     target = output(tmp_path / "out", "old")
     with replace_dir(target, overwrite=True) as fresh:
         (fresh / "new").write_text("1")
-        assert tree(target) == {"report.json": "old"}
+        assert tree(target) == {"sst_config.yaml": "old"}
     assert tree(tmp_path) == {"out/new": "1"}
 
 
@@ -63,14 +63,14 @@ def test_interruption_between_the_two_renames_restores_the_old_folder(tmp_path, 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt), replace_dir(target, overwrite=True) as fresh:
         (fresh / "new").write_text("1")
-    assert tree(tmp_path) == {"out/report.json": "old"}
+    assert tree(tmp_path) == {"out/sst_config.yaml": "old"}
 
 
 def test_refused_targets(tmp_path):
     target = output(tmp_path / "out", "old")
     with pytest.raises(ValueError, match="--overwrite"), replace_dir(target):
         pytest.fail("entered")
-    (target / "report.json").rename(target / "thesis.tex")
+    (target / "sst_config.yaml").rename(target / "thesis.tex")
     with pytest.raises(ValueError, match="not a merge's output"):
         check_output_dir(target, overwrite=True)
     with pytest.raises(ValueError, match="is a file"):
@@ -82,7 +82,7 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
     with pytest.raises(ValueError, match="--overwrite"), replace_dir(tmp_path / "out") as fresh:
         (fresh / "mine").write_text("1")
         output(tmp_path / "out", "theirs")
-    assert tree(tmp_path) == {"out/report.json": "theirs"}
+    assert tree(tmp_path) == {"out/sst_config.yaml": "theirs"}
 
 
 def test_a_link_is_followed(tmp_path):

@@ -135,6 +135,43 @@ def test_memory_is_printed_and_a_run_that_cannot_fit_is_refused(setup, tmp_path,
     assert code == 2 and "are needed" in error and "batch_size" in error
 
 
+def test_output_never_replaces_an_input(setup, tmp_path, capsys):
+    before = {p: p.read_bytes() for p in setup.safety.rglob("*") if p.is_file()}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(setup.config("task_arithmetic")))
+    for out in (setup.safety, setup.safety / "inside", setup.safety.parent):
+        assert main(["merge", str(path), "--out", str(out), "--overwrite"]) == 2
+        assert "the input" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in setup.safety.rglob("*") if p.is_file()} == before
+
+
+def test_failure_leaves_no_parent_folders(setup, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(setup.config("sst", k=10**6)))
+    assert main(["merge", str(path), "--out", str(tmp_path / "new/deep/out")]) == 2
+    assert not (tmp_path / "new").exists() and "got k" in capsys.readouterr().err
+
+
+def test_damaged_bases(setup, base_dir, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(base_dir, broken)
+    for folder in (setup.utility, setup.safety):
+        edit_config(folder, base_model_name_or_path=str(broken))
+    tensors = load_file(broken / "model.safetensors")
+    missing = {k: v for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}
+    save_file(missing, broken / "model.safetensors", metadata={"format": "pt"})
+    code, error = run_merge(setup, tmp_path, capsys, base_model=str(broken))
+    assert code == 2 and "lacks the weights" in error and "layers.1.mlp.up_proj" in error
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-500])
+    code, error = run_merge(setup, tmp_path, capsys, base_model=str(broken))
+    assert code == 2 and "could not be loaded" in error
+    (broken / "model.safetensors").unlink()
+    torch.save(tensors, broken / "pytorch_model.bin")
+    code, error = run_merge(setup, tmp_path, capsys, base_model=str(broken))
+    assert code == 2 and "safetensors" in error
+
+
 def test_inspect(setup, capsys):
     assert main(["inspect", str(setup.safety)]) == 0
     assert "model.layers.0.mlp.down_proj" in capsys.readouterr().out
@@ -152,7 +189,11 @@ def test_interrupt_at_any_moment_leaves_nothing(setup, tmp_path):
     interrupted = 0
     for _ in range(6):
         process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1")
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=dict(os.environ, OMP_NUM_THREADS="1"),
         )
         line = " "
         while line and "memory:" not in line:  # printed just before collection begins

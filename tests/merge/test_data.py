@@ -88,7 +88,7 @@ def test_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     ]
     path = write(tmp_path / "x", {"messages": turns})
     rewriting = "{{ messages|length }} " + TEMPLATE
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
+    with pytest.raises(ValueError, match="example 1 does not fit.*renders earlier turns differently"):
         tokenize(read_examples(path), make_tokenizer(rewriting), 100)
 
 
@@ -111,6 +111,18 @@ def test_bad_files_name_the_line(tmp_path, text, message):
         read_examples(write(tmp_path / "x", text))
     with pytest.raises(ValueError, match="does not exist"):
         read_examples(tmp_path / "absent")
+
+
+def test_line_separators_inside_strings_do_not_split_lines(tmp_path):
+    path = tmp_path / "x"
+    path.write_text('\ufeff{"prompt": "a \u2028 b", "response": "c \x85"}\r\n{"prompt": "d", "response": "e"}\n')
+    assert [m[0]["content"] for m in read_examples(path)] == ["a \u2028 b", "d"]
+
+
+def test_template_that_refuses_is_an_error_with_the_example(tmp_path):
+    path = write(tmp_path / "x", {"prompt": "a", "response": "b"})
+    with pytest.raises(ValueError, match="example 1 does not fit.*no users here"):
+        tokenize(read_examples(path), make_tokenizer("{{ raise_exception('no users here') }}"), 100)
 
 
 def test_batches_hold_every_sequence_once_right_padded(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sst_kernels.collect import CoreBasis
+from sst_kernels.labels import counter_uniform
 from sst_merge.data import TokenSequence, batches
 from sst_merge.fisher import (
     CollectionSettings,
@@ -167,17 +168,43 @@ def test_true_fisher_is_the_metric_of_the_kl_divergence():
     assert kl == pytest.approx(quadratic, rel=0.02)
 
 
-def test_gradient_is_taken_at_the_origin():
-    model, (bases, origin, patch), sequences = (
-        make_model(),
-        make_problem(),
-        make_sequences([5, 9, 3, 6]),
-    )
-    with Collector(model, bases, origin, patch, CollectionSettings()) as collector:
-        statistics = collect_statistics(collector, (sequences[:2], sequences[2:]), (sequences[:2], sequences[2:]))
-    for name in NAMES:
-        expected = sum(dense_gradient(model, bases, origin, s, s.input_ids)[name] for s in sequences[:2]) / 2
-        torch.testing.assert_close(statistics.gradient[name], expected, rtol=1e-5, atol=1e-7)
+def sampled_labels(model, bases, cores, sequence: TokenSequence, seed: int) -> list[int]:
+    """ŷ_t by numpy's inverse CDF at the counter-based uniform, from the explicitly updated weights."""
+    weights = {
+        f"{n}.weight": model.get_submodule(n).weight + bases[n].q_out @ cores[n] @ bases[n].q_in.mT for n in bases
+    }
+    ids = torch.tensor([sequence.input_ids])
+    p = torch.func.functional_call(model, weights, kwargs={"input_ids": ids}).logits[0].softmax(-1).detach().numpy()
+    labels = [0]
+    for t in range(1, len(sequence.input_ids)):
+        u = counter_uniform(seed, torch.tensor(sequence.index), torch.tensor(t)).item()
+        labels.append(int((p[t - 1].cumsum() <= u).sum()))
+    return labels
+
+
+def test_statistics_take_each_fisher_from_its_sequences_labels_and_points():
+    model, (bases, origin, patch), sequences = make_model(), make_problem(), make_sequences([5, 9, 3, 6, 7, 4])
+    harm, benign = (sequences[:2], sequences[2:3]), (sequences[3:5], sequences[5:])
+    settings = CollectionSettings(points=(0.25, 0.5), point_weights=(0.75, 0.25), seed=5)
+    with Collector(model, bases, origin, patch, settings) as collector:
+        statistics = collect_statistics(collector, harm, benign)
+    points = {t: {n: origin[n] + t * patch[n] for n in NAMES} for t in (0.0, 0.25, 0.5)}
+    for sums, part, sampled in (
+        (statistics.harm, harm[0], False),
+        (statistics.harm_held, harm[1], False),
+        (statistics.benign, benign[0], True),
+        (statistics.benign_held, benign[1], True),
+    ):
+        expected = {n: torch.zeros(6, 6, dtype=torch.float64) for n in NAMES}
+        for (t, weight), s in itertools.product(((0.25, 0.75), (0.5, 0.25)), part):
+            labels = sampled_labels(model, bases, points[t], s, 5) if sampled else s.input_ids
+            for n, g in dense_gradient(model, bases, points[t], s, labels).items():
+                expected[n] += weight * torch.outer(g, g) / len(part)
+        for n in NAMES:
+            torch.testing.assert_close(sums.fisher(n), expected[n], rtol=1e-5, atol=1e-7)
+    for n in NAMES:
+        mean = sum(dense_gradient(model, bases, points[0.0], s, s.input_ids)[n] for s in harm[0]) / 2
+        torch.testing.assert_close(statistics.gradient[n], mean, rtol=1e-5, atol=1e-7)
 
 
 def test_overflow_and_repeated_modules_are_named():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sst_merge import load_config, merge
 from sst_merge.baselines import ties
+from sst_merge.problem import Problem
 
 FISHER_RUNS = [
     ("sst", {"fisher": "exact", "select": "top_k", "k": 0.3}),
@@ -135,13 +138,13 @@ def test_sweep_comes_from_one_solve_and_equals_single_runs(setup, tmp_path):
         merge(setup.config("sst", k=0.3, alpha=alpha), out=tmp_path / f"{alpha}")
         one, swept = (
             load_file(tmp_path / f"{alpha}/adapter_model.safetensors"),
-            load_file(tmp_path / f"sweep/alpha-{alpha:g}/adapter_model.safetensors"),
+            load_file(tmp_path / f"sweep/alpha-{alpha!r}/adapter_model.safetensors"),
         )
         assert all(torch.equal(one[k], swept[k]) for k in one) and one.keys() == swept.keys()
     report = json.loads((tmp_path / "sweep/report.json").read_text())
     kl = {s["alpha"]: s["predicted_kl"] for s in report["strengths"]}
     assert kl[0.25] == pytest.approx(kl[1.0] / 16)
-    assert [s["adapter"] for s in report["strengths"]] == ["alpha-0.25", "alpha-1"]
+    assert [s["adapter"] for s in report["strengths"]] == ["alpha-0.25", "alpha-1.0"]
 
 
 def test_requested_rank_is_the_best_truncation_and_its_error_is_reported(setup, tmp_path):
@@ -181,6 +184,104 @@ def test_report_numbers(setup, tmp_path):
         data = (tmp_path / f"out/{picture}.png").read_bytes()
         assert data.startswith(b"\x89PNG") and f"({picture}.png)" in text
     assert load_config(tmp_path / "out/sst_config.yaml") == load_config(setup.config("sst", k=7))
+
+
+def test_biases_follow_the_method(base_dir, make_adapter, setup):
+    for role, seed in (("utility", 7), ("safety", 8)):
+        folder, _ = make_adapter(base_dir, seed=seed, r=2, target_modules=["q_proj"], lora_bias=True)
+        setattr(setup, role, folder)
+    name = "model.layers.0.self_attn.q_proj"
+    stored = [
+        load_file(folder / "adapter_model.safetensors")[f"base_model.model.{name}.lora_B.bias"] * 6.0  # alpha / r
+        for folder in (setup.utility, setup.safety)
+    ]
+    u, s = stored
+    for method, parameters, expected in (
+        ("task_arithmetic", {}, u + 0.3 * s),
+        ("interpolation", {}, 0.7 * u + 0.3 * s),
+        ("sst", {"patch": "interpolate"}, 0.7 * u + 0.3 * s),
+        ("sst", {}, u + 0.3 * s),
+        ("ties", {"density": 1.0}, ties([u, s], 1.0, 0.3)),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            merge(setup.config(method, alpha=0.3, **parameters), out=Path(folder) / "out")
+            written = load_file(Path(folder) / "out/adapter_model.safetensors")
+        torch.testing.assert_close(written[f"base_model.model.{name}.lora_B.bias"], expected)
+
+
+def test_diagonal_sst_is_its_formula_on_dense_fishers(setup):
+    """r = f_harm/(f_benign + ε·mean), mask per tensor, in weight coordinates; Fishers by plain autograd."""
+    config = setup.config("diagonal_sst", where="local", samples=1, share=0.1, epsilon=0.5)
+    result = merge(config)
+    sums = result.plan.curvature.statistics
+    problem = result.problem
+    found = problem.calibration["harm"][0]
+    model = AutoModelForCausalLM.from_pretrained(setup.base).eval()
+    both = deltas(setup)
+    harm = {name: 0.0 for name in dense(setup.safety)}
+    for name, (u, _) in both.items():
+        model.get_submodule(name).weight.data += u.float()
+    for sequence in found:
+        model.zero_grad()
+        ids = torch.tensor([sequence.input_ids])
+        logp = model(ids).logits[0].log_softmax(-1)
+        sum(logp[t - 1, i] for t, i in enumerate(sequence.input_ids) if sequence.is_target[t]).backward()
+        for name in harm:
+            harm[name] = harm[name] + model.get_submodule(name).weight.grad.double() ** 2 / len(found)
+    benign = {name: sums.benign.second[name].double() / sums.benign.count for name in harm}
+    mean = sum(b.sum() for b in benign.values()) / sum(b.numel() for b in benign.values())
+    for name in harm:
+        ratio = harm[name] / (benign[name].reshape(harm[name].shape) + 0.5 * mean)
+        count = round(0.1 * ratio.numel())
+        kept = ratio >= ratio.flatten().sort(descending=True).values[count - 1]
+        u, s = both[name]
+        torch.testing.assert_close(merged(result)[name], u + kept * s, rtol=0, atol=1e-5 * float(s.abs().max()))
+
+
+def test_soft_mask_and_point_weights_reach_the_statistics(setup):
+    soft = merge(setup.config("diagonal_sst", coordinates="core", mask="soft", where="local"))
+    hard = merge(setup.config("diagonal_sst", coordinates="core", share=1.0, where="local"))
+    name = "model.layers.0.mlp.down_proj"
+    sums = soft.plan.curvature.statistics
+    ratio = sums.harm.diagonal_of(name) / (
+        sums.benign.diagonal_of(name)
+        + 0.1
+        * sum(float(sums.benign.diagonal_of(n).sum()) for n in soft.plan.curvature.patch)
+        / sum(t.numel() for t in soft.plan.curvature.patch.values())
+    )
+    core = (ratio / ratio.max()).reshape(3, 3) * soft.plan.curvature.patch[name]
+    torch.testing.assert_close(soft.plan.update(name, 1.0), core, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(hard.plan.update(name, 1.0), soft.plan.curvature.patch[name])
+    linear = merge(setup.config("sst", point_weights="linear", points=[0.25, 0.75])).plan.curvature.statistics.harm
+    parts = [merge(setup.config("sst", points=[t])).plan.curvature.statistics.harm.fisher(name) for t in (0.25, 0.75)]
+    torch.testing.assert_close(linear.fisher(name), 0.75 * parts[0] + 0.25 * parts[1], rtol=1e-4, atol=1e-9)
+
+
+def test_dare_draws_anew_for_every_module_and_seed(setup):
+    def zeros(seed: int) -> dict[str, torch.Tensor]:
+        result = merge(setup.config("dare", seed=seed))
+        return {n: result.plan.update(n, 1.0) == 0 for n in dense(setup.safety) if "down" in n}
+
+    first, second = zeros(0), zeros(1)
+    patterns = [*first.values(), *second.values()]
+    assert all(not torch.equal(a, b) for i, a in enumerate(patterns) for b in patterns[:i])
+
+
+def test_tied_weights_are_not_changed_by_a_saved_head(base_dir, make_adapter, setup, tmp_path, input_ids):
+    config = LlamaConfig.from_pretrained(base_dir, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    base = tmp_path / "tied"
+    LlamaForCausalLM(config).save_pretrained(base)
+    for file in base_dir.glob("tokenizer*"):
+        shutil.copy(file, base)
+    folder, peft_model = make_adapter(base, seed=5, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    setup.base, setup.utility = base, folder
+    setup.safety, _ = make_adapter(base, seed=6, r=2, target_modules=["v_proj"])
+    problem = Problem(load_config(setup.config("sst")))
+    for name, low in problem.utility.updates.items():
+        problem.model.get_submodule(name).weight.data += low.dense()
+    with torch.no_grad():
+        torch.testing.assert_close(problem.model(input_ids).logits, peft_model(input_ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_scale_the_updates(setup):

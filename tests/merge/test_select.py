@@ -9,12 +9,12 @@ import torch
 
 from sst_merge.fisher import FisherSums, Statistics
 from sst_merge.select import (
-    SelectionSettings,
     apply_filter,
     filter_factors,
     find_directions,
     shared_damping,
 )
+from sst_merge.settings import SstParameters
 
 SHAPES = {"a": (3, 4), "b": (2, 3), "c": (4, 3)}
 
@@ -37,14 +37,14 @@ def make_statistics(seed: int = 0, rows: int = 40) -> tuple[Statistics, dict[str
     return Statistics(*parts, gradient), patch
 
 
-def dense_pencil(statistics: Statistics, name: str, s: SelectionSettings) -> tuple[np.ndarray, np.ndarray]:
+def dense_pencil(statistics: Statistics, name: str, s: SstParameters) -> tuple[np.ndarray, np.ndarray]:
     """A and B straight from the definition."""
 
     def symmetric(sums):
         lower = sums.second[name].numpy() / sums.count
         full = np.tril(lower) + np.tril(lower, -1).T
         diagonal = np.diag(np.diag(full))
-        return diagonal if s.representation == "diagonal" else (1 - s.shrinkage) * full + s.shrinkage * diagonal
+        return diagonal if s.fisher == "diagonal" else (1 - s.shrinkage) * full + s.shrinkage * diagonal
 
     traces = sum(np.trace(statistics.benign.second[n].numpy()) for n in SHAPES) / statistics.benign.count
     gamma = s.damping * traces / sum(r * c for r, c in SHAPES.values())
@@ -56,7 +56,7 @@ def dense_pencil(statistics: Statistics, name: str, s: SelectionSettings) -> tup
 @pytest.mark.parametrize("shrinkage", [0.0, 0.4])
 def test_directions_solve_the_pencil(representation, shrinkage):
     statistics, patch = make_statistics()
-    settings = SelectionSettings(representation=representation, shrinkage=shrinkage, damping=0.2)
+    settings = SstParameters(fisher=representation, shrinkage=shrinkage, damping=0.2)
     directions, gamma = find_directions(statistics, patch, settings)
     assert gamma == pytest.approx(shared_damping(statistics.benign, list(SHAPES), 0.2))
     for name, d in directions.items():
@@ -69,7 +69,7 @@ def test_directions_solve_the_pencil(representation, shrinkage):
         np.testing.assert_allclose((d.values * d.coefficients**2).sum(), phi @ a @ phi, rtol=1e-9)  # gain
         np.testing.assert_allclose(d.slope.sum(), statistics.gradient[name].numpy() @ phi, rtol=1e-9)
         np.testing.assert_allclose(d.damping_share, gamma * (v * v).sum(0), rtol=1e-9)
-        held = SelectionSettings(representation="exact", shrinkage=0.0)
+        held = SstParameters(fisher="exact", shrinkage=0.0)
         swapped = Statistics(
             statistics.harm_held,
             statistics.benign_held,
@@ -89,7 +89,7 @@ def test_directions_solve_the_pencil(representation, shrinkage):
 def test_top_k_raises_the_quotient(k):
     """T4: Ray(P_kφ) >= Ray(φ), Ray(P_kφ) >= λ_k >= Ray((I−P_k)φ)."""
     statistics, patch = make_statistics()
-    settings = SelectionSettings(k=k, scope="module")
+    settings = SstParameters(k=k, scope="module")
     directions, _ = find_directions(statistics, patch, settings)
     for name, factors in filter_factors(directions, settings).items():
         a, b = dense_pencil(statistics, name, settings)
@@ -107,7 +107,7 @@ def test_top_k_raises_the_quotient(k):
 
 def test_global_ranking_takes_the_largest_values_of_all_modules():
     statistics, patch = make_statistics()
-    settings = SelectionSettings(k=10, scope="global")
+    settings = SstParameters(k=10, scope="global")
     directions, _ = find_directions(statistics, patch, settings)
     factors = filter_factors(directions, settings)
     values = np.concatenate([d.values for d in directions.values()])
@@ -120,7 +120,7 @@ def test_global_ranking_takes_the_largest_values_of_all_modules():
 def test_soft_filter_is_the_closed_form(mu):
     """T6: Σ λ/(λ+μ) c v = (A + μB)⁻¹ A τ."""
     statistics, patch = make_statistics()
-    settings = SelectionSettings(rule="soft", mu=mu)
+    settings = SstParameters(select="soft", mu=mu)
     directions, _ = find_directions(statistics, patch, settings)
     factors = filter_factors(directions, settings)
     used = mu or float(torch.cat([d.values for d in directions.values()]).median())
@@ -133,7 +133,7 @@ def test_soft_filter_is_the_closed_form(mu):
 
 def test_keeping_everything_returns_the_patch():
     statistics, patch = make_statistics()
-    settings = SelectionSettings(k=1.0)
+    settings = SstParameters(k=1.0)
     directions, _ = find_directions(statistics, patch, settings)
     for name, factors in filter_factors(directions, settings).items():
         torch.testing.assert_close(apply_filter(directions[name], factors, SHAPES[name]), patch[name])
@@ -142,14 +142,14 @@ def test_keeping_everything_returns_the_patch():
 @pytest.mark.parametrize(("scope", "where"), [("module", "module 'b' has n = 6"), ("global", "the model has n = 30")])
 def test_k_larger_than_n_is_refused(scope, where):
     statistics, patch = make_statistics()
-    directions, _ = find_directions(statistics, patch, SelectionSettings())
+    directions, _ = find_directions(statistics, patch, SstParameters())
     directions = {"b": directions["b"]} if scope == "module" else directions
     with pytest.raises(ValueError, match=f"{where} directions, got k = 31"):
-        filter_factors(directions, SelectionSettings(k=31, scope=scope))
+        filter_factors(directions, SstParameters(k=31, scope=scope))
 
 
 def test_unsolvable_pencil_names_module_and_remedy():
     statistics, patch = make_statistics()
     statistics.harm.second["b"][0, 0] = torch.nan
     with pytest.raises(ValueError, match="pencil of module 'b'.*damping"):
-        find_directions(statistics, patch, SelectionSettings())
+        find_directions(statistics, patch, SstParameters())

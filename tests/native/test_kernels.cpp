@@ -92,13 +92,38 @@ void test_panel_product() {
       constexpr int64_t stride = kPanel + 3;
       for (bool add : {false, true}) {
         std::vector<A> c(kPanel * stride, A(5));
-        panel_product_by(set, p.data(), q.data(), count, c.data(), stride, add);
+        panel_product(set, p.data(), q.data(), count, c.data(), stride, add);
         for (int64_t i = 0; i < kPanel; ++i) {
           for (int64_t j = 0; j < stride; ++j) {
             A sum = add || j >= kPanel ? A(5) : A(0);
             for (int64_t k = 0; j < kPanel && k < count; ++k) sum += p[k].value[i] * q[k].value[j];
             expect(c[i * stride + j] == sum, kInstructionSets[set].name);
           }
+        }
+      }
+    }
+  }
+}
+
+// Every width up to two panels and a bit, tokens picked by weight.
+template <class T>
+void test_pack_panels() {
+  using A = Accumulator<T>;
+  const std::vector<A> weight = {1, 0, -2, 3, 0};
+  const TokenBlock<A> block = select_tokens(weight.data(), {0, 5});
+  expect(block.count == 3 && block.token[2] == 3 && block.weight[1] == A(-2), "select_tokens");
+  for (int set = 0; set < kNumInstructionSets; ++set) {
+    if (!kInstructionSets[set].supported()) continue;
+    for (int64_t cols = 0; cols < 2 * kPanel + 3; ++cols) {
+      const auto x = random_integers<T>(5 * cols);
+      std::vector<PanelRow<A>> panels(ceil_div(cols, kPanel) * kTokens);
+      pack_panels(set, Rows<T>{x.data(), cols, cols}, block, true, panels.data());
+      for (int64_t j = 0; j < ceil_div(cols, kPanel) * kPanel; ++j) {
+        for (int64_t k = 0; k < block.count; ++k) {
+          const A expected =
+              j < cols ? block.weight[k] * widen(x[block.token[k] * cols + j]) : A(0);
+          expect(panels[j / kPanel * kTokens + k].value[j % kPanel] == expected,
+                 kInstructionSets[set].name);
         }
       }
     }
@@ -172,6 +197,7 @@ void test_syrk(int64_t batch, int64_t tokens, int64_t d) {
 
 template <class T>
 void test_ops() {
+  test_pack_panels<T>();
   test_khatri_rao<T, int64_t>(300, 17, 35, {0, 5, 5, 290, 300});
   test_khatri_rao<T, int32_t>(10, 16, 16, {-4, 3, 1, 99, 200});
   test_khatri_rao<T, int64_t>(0, 3, 3, {0, 0});

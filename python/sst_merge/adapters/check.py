@@ -53,10 +53,7 @@ def _same_base(first: Adapter, second: Adapter) -> bool:
     """Whether both name one base model and revision, or one of them names none."""
     if first.base_model is None or second.base_model is None:
         return True
-    names = [
-        os.path.realpath(a.base_model) if os.path.isdir(a.base_model) else a.base_model
-        for a in (first, second)
-    ]
+    names = [os.path.realpath(a.base_model) if os.path.isdir(a.base_model) else a.base_model for a in (first, second)]
     same_revision = (first.revision or "main") == (second.revision or "main")
     return names[0] == names[1] and same_revision
 
@@ -154,7 +151,4 @@ def _missing(name: str, present: dict[str, object]) -> str:
     """That `name` is not in the model, with the nearest name that is."""
     near = difflib.get_close_matches(name, present, n=1, cutoff=0.8)
     hint = f" (nearest: {near[0]})" if near else ""
-    return (
-        f"the base model has no {name}{hint}; "
-        "name the base model that the adapter was trained on, and its class"
-    )
+    return f"the base model has no {name}{hint}; name the base model that the adapter was trained on, and its class"

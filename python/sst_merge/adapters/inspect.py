@@ -91,10 +91,7 @@ def render_inspection(report: dict[str, Any]) -> str:
     for row in modules:
         shape = "{} × {}".format(*row["shape"])
         ranks = f"{row['rank']} ({row['numerical_rank']})"
-        lines.append(
-            f"{row['module']:{width}}  {shape:>15}  {ranks:>16}  {row['scale']:7.4g}  "
-            f"{row['norm']:8.3g}"
-        )
+        lines.append(f"{row['module']:{width}}  {shape:>15}  {ranks:>16}  {row['scale']:7.4g}  {row['norm']:8.3g}")
     lines += ["", f"a merge covers  {len(modules)} modules by curvature"]
     lines += [f"carried over    {name} (whole parameter, no curvature)" for name in report["saved"]]
     lines += [f"added           {name} (lora_bias, no curvature)" for name in report["biases"]]

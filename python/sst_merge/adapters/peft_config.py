@@ -26,8 +26,7 @@ REFUSED = {
     "use_bdlora": f"BD-LoRA stores block-diagonal factors, not read here; {_RETRAIN}",
     "layer_replication": "the adapter belongs to a base with repeated layers; save that model as "
     "a base of its own and train on it",
-    "target_parameters": "updates of single parameters (fused experts) are not read yet; "
-    "train with target_modules",
+    "target_parameters": "updates of single parameters (fused experts) are not read yet; train with target_modules",
     "trainable_token_indices": "trained token embeddings are not read yet; "
     "train the whole embedding through modules_to_save or target_modules",
     "megatron_config": "Megatron's parallel layers are not read here; convert to plain layers",
@@ -111,9 +110,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}")
     _check_ranks_and_alphas(file, config)
     saved = config.get("modules_to_save")
-    if saved is not None and not (
-        isinstance(saved, list) and all(isinstance(entry, str) for entry in saved)
-    ):
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(entry, str) for entry in saved)):
         raise ValueError(f"{file}: modules_to_save must be a list of names or null, got {saved!r}")
     return config
 
@@ -145,9 +142,7 @@ def _check_ranks_and_alphas(file: Path, config: dict[str, Any]) -> None:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(
-                    f"{file}: {pattern_name} {pattern!r} is no regular expression ({error})"
-                ) from None
+                raise ValueError(f"{file}: {pattern_name} {pattern!r} is no regular expression ({error})") from None
 
 
 def refusals(config: dict[str, Any]) -> list[str]:
@@ -167,8 +162,7 @@ def refusals(config: dict[str, Any]) -> list[str]:
     reasons = [f"{name} is set: {why}" for name, why in REFUSED.items() if config.get(name)]
     if config.get("bias", "none") != "none":
         reasons.append(
-            f"bias is {config['bias']!r}: trained biases of the base model are not read; "
-            "train with bias='none'"
+            f"bias is {config['bias']!r}: trained biases of the base model are not read; train with bias='none'"
         )
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(_RESIDUAL_INITS):
@@ -177,9 +171,7 @@ def refusals(config: dict[str, Any]) -> list[str]:
             "lora_B·lora_A is not the change of the base; save it again with save_pretrained(…, "
             "path_initial_model_for_weight_conversion=…)"
         )
-    unknown = sorted(
-        name for name in config.keys() - REFUSED.keys() - USED - HARMLESS if config[name]
-    )
+    unknown = sorted(name for name in config.keys() - REFUSED.keys() - USED - HARMLESS if config[name])
     if unknown:
         warnings.warn(
             f"{CONFIG_NAME} has settings unknown here, taken not to change ΔW: {unknown}",

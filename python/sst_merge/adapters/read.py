@@ -22,9 +22,7 @@ _PART = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB])"
 _LINEAR = frozenset({"lora_A.weight", "lora_B.weight"})
 _EMBEDDING = frozenset({"lora_embedding_A", "lora_embedding_B"})
 # PEFT stores these whole, outside modules_to_save, when the vocabulary was resized.
-_VOCABULARY = frozenset(
-    {"embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in", "embed_out"}
-)
+_VOCABULARY = frozenset({"embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in", "embed_out"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +117,7 @@ def _load(file: Path, device: str) -> dict[str, Tensor]:
         with safe_open(file, framework="pt", device=device) as tensors:
             loaded = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(
-            f"{file}: damaged or not a safetensors file ({error}); copy or save it again"
-        ) from None
+        raise ValueError(f"{file}: damaged or not a safetensors file ({error}); copy or save it again") from None
     for key, tensor in loaded.items():
         finite = not tensor.is_floating_point() or torch.isfinite(tensor.float()).all()
         if not finite:
@@ -132,10 +128,7 @@ def _load(file: Path, device: str) -> dict[str, Tensor]:
 def _sort_keys(
     file: Path, tensors: dict[str, Tensor], config: dict[str, Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Split tensors into factors (module → part → tensor) and whole parameters of the base model.
-
-    Raises ValueError for a key that is neither, and for a file without factors.
-    """
+    """Factors (module → part → tensor) and whole parameters; ValueError for other keys, or without factors."""
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = {}
     for key, tensor in tensors.items():
@@ -152,9 +145,7 @@ def _sort_keys(
         if module != wrapped and wrapped in factors:  # PEFT's copy of a wrapped embedding
             saved[f"{wrapped}.{leaf}"] = tensor
         elif (
-            key.startswith(PREFIX)
-            and "lora_" not in key
-            and (vocabulary or module_to_save(config, f"{module}.{leaf}"))
+            key.startswith(PREFIX) and "lora_" not in key and (vocabulary or module_to_save(config, f"{module}.{leaf}"))
         ):
             saved[f"{module}.{leaf}"] = tensor
         else:
@@ -201,6 +192,5 @@ def _check_parts(where: str, parts: dict[str, Tensor], rank: int, with_bias: boo
         )
     if bias is not None and bias.shape != up.shape[:1]:
         raise ValueError(
-            f"{where}: lora_B.bias must be ({up.shape[0]},), got {tuple(bias.shape)}; "
-            "save the adapter again"
+            f"{where}: lora_B.bias must be ({up.shape[0]},), got {tuple(bias.shape)}; save the adapter again"
         )

@@ -25,21 +25,19 @@ def write_adapter(
     sources: Sequence[Adapter],
     biases: Mapping[str, Tensor] | None = None,
     saved: Mapping[str, Tensor] | None = None,
-    overwrite: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """`write_files` into a folder that appears whole or not at all.
 
     Args:
-        path: The folder; new or empty, or with `overwrite` an earlier output.
+        path: The folder; new or empty.
         updates: As for `write_files`.
         sources: As for `write_files`.
         biases: As for `write_files`.
         saved: As for `write_files`.
-        overwrite: Whether to replace an earlier output.
         dtype: As for `write_files`.
     """
-    with replace_dir(path, overwrite=overwrite) as folder:
+    with replace_dir(path) as folder:
         write_files(folder, updates, sources=sources, biases=biases, saved=saved, dtype=dtype)
 
 
@@ -79,10 +77,7 @@ def write_files(
         )
     embeddings = frozenset().union(*(source.embeddings for source in sources))
     _check_biases(biases, updates, embeddings)
-    tensors = {
-        key: _stored(key, tensor, dtype)
-        for key, tensor in _factors(updates, biases, embeddings).items()
-    }
+    tensors = {key: _stored(key, tensor, dtype) for key, tensor in _factors(updates, biases, embeddings).items()}
     for name, tensor in saved.items():
         module, _, leaf = name.rpartition(".")
         key = f"{module}.base_layer.{leaf}" if module in updates else name
@@ -111,15 +106,11 @@ def _factors(
     return tensors
 
 
-def _config(
-    updates: Mapping[str, LowRank], sources: Sequence[Adapter], saved: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Settings with α = r for every module; r is the largest rank, as servers reserve memory by it.
-
-    Patterns are anchored by ^, so "layers.1" never matches "layers.11" or the end of a longer name.
-    """
+def _config(updates: Mapping[str, LowRank], sources: Sequence[Adapter], saved: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Settings with α = r for every module; r is the largest rank, as servers reserve memory by it."""
     ranks = {module: max(update.rank, 1) for module, update in sorted(updates.items())}
     largest = max(ranks.values())
+    # Anchored by ^, "layers.1" never matches "layers.11" or the end of a longer name.
     patterns = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != largest}
     wrapped = {
         module
@@ -162,15 +153,11 @@ def _stored(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous CPU copy in `dtype`; ValueError if a value is not finite there."""
     tensor = tensor.detach().to("cpu", dtype, copy=True).contiguous()
     if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-        raise ValueError(
-            f"{key}: holds values that are not finite as {dtype}; write in a wider dtype"
-        )
+        raise ValueError(f"{key}: holds values that are not finite as {dtype}; write in a wider dtype")
     return tensor
 
 
-def _check_biases(
-    biases: Mapping[str, Tensor], updates: Mapping[str, LowRank], embeddings: frozenset[str]
-) -> None:
+def _check_biases(biases: Mapping[str, Tensor], updates: Mapping[str, LowRank], embeddings: frozenset[str]) -> None:
     """Raise ValueError for a bias without its module, or beside an embedding."""
     stray = sorted(biases.keys() - updates.keys())
     if stray:

@@ -1,0 +1,112 @@
+"""The one-pass measurement against token-by-token greedy decoding, and against models with known answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sst_merge.demo.evaluate import Scores, evaluate, greedy_share
+from sst_merge.demo.tokens import ASSISTANT, encode, make_tokenizer
+from sst_merge.demo.world import REFUSAL, Example, make_world
+
+WORLD = make_world(1)
+TOKENIZER = make_tokenizer(WORLD.pretrain + WORLD.utility_train)
+END = TOKENIZER.eos_token_id
+
+
+class Scripted(nn.Module):
+    """Answers prompts by a rule: its argmax at each position is the next token of the rule's answer."""
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        logits = torch.zeros(*input_ids.shape, len(TOKENIZER))
+        for row, ids in enumerate(input_ids.tolist()):
+            start = ids.index(TOKENIZER.convert_tokens_to_ids(ASSISTANT))
+            given = [*TOKENIZER(self.answer(TOKENIZER.decode(ids[1:start])))["input_ids"], END]
+            for step, token in enumerate(given):
+                if start + step < len(ids) and ids[start + 1 : start + 1 + step] == given[:step]:
+                    logits[row, start + step, token] = 1
+        return SimpleNamespace(logits=logits)
+
+
+def small_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def greedy(model: nn.Module, prompt: str, length: int) -> list[int]:
+    """Decode one token after another, unpadded, without a cache."""
+    ids = encode(TOKENIZER, [Example(prompt, "")])[0].input_ids[:-1]
+    start = len(ids)
+    for _ in range(length):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[start:]
+
+
+def test_one_pass_equals_greedy_decoding() -> None:
+    model = small_model()
+    examples, expected = [], []
+    for i, prompt in enumerate(e.prompt for e in WORLD.held_forbidden[:20] + WORLD.held_utility["strings"][:20]):
+        answer = greedy(model, prompt, 1 + i % 4)
+        if i % 3 == 0:
+            answer[-1] = (answer[-1] + 1) % 5 + 5
+        response = TOKENIZER.decode(answer)
+        examples.append(Example(prompt, response))
+        wanted = TOKENIZER(response)["input_ids"]
+        expected.append(greedy(model, prompt, len(wanted)) == wanted)
+    assert 5 < sum(expected) < 35
+    assert greedy_share(model, TOKENIZER, examples, whole=False) == sum(expected) / len(expected)
+    ended = [greedy(model, e.prompt, len(e.response.split()) + 1)[-1] == END for e in examples]
+    both = [a and b for a, b in zip(expected, ended, strict=True)]
+    assert greedy_share(model, TOKENIZER, examples, whole=True) == sum(both) / len(both)
+
+
+def test_a_perfect_model_and_one_that_refuses_everything() -> None:
+    held = WORLD.held_forbidden + WORLD.held_lookalike + [e for part in WORLD.held_utility.values() for e in part]
+    known = {e.prompt: e.response for e in held}
+    perfect = evaluate(Scripted(known.get), TOKENIZER, WORLD)
+    assert perfect == Scores(1.0, 0.0, {"word_problems": 1.0, "strings": 1.0})
+    assert perfect.score == 1
+    refusing = evaluate(Scripted(lambda prompt: REFUSAL), TOKENIZER, WORLD)
+    assert refusing == Scores(1.0, 1.0, {"word_problems": 0.0, "strings": 0.0})
+
+
+def test_an_answer_that_goes_on_is_wrong_but_a_refusal_that_goes_on_is_one() -> None:
+    known = {e.prompt: f"{e.response} a" for part in WORLD.held_utility.values() for e in part}
+    scores = evaluate(Scripted(lambda prompt: known.get(prompt, f"{REFUSAL} sure")), TOKENIZER, WORLD)
+    assert scores == Scores(1.0, 1.0, {"word_problems": 0.0, "strings": 0.0})
+
+
+def test_a_share_is_counted_over_all_batches() -> None:
+    known = {e.prompt: e.response for e in WORLD.held_utility["strings"][:97]}
+    model = Scripted(lambda prompt: known.get(prompt, "a"))
+    assert greedy_share(model, TOKENIZER, WORLD.held_utility["strings"], whole=True) == pytest.approx(97 / 150)
+
+
+def test_mode_is_restored() -> None:
+    model = small_model().train()
+    greedy_share(model, TOKENIZER, WORLD.held_forbidden[:3], whole=True)
+    assert model.training
+
+
+def test_score_is_the_fourth_root() -> None:
+    scores = Scores(0.9, 0.2, {"a": 0.5, "b": 0.7})
+    assert scores.score == pytest.approx((0.9 * 0.8 * 0.5 * 0.7) ** 0.25)
+    assert scores.utility_mean == pytest.approx(0.6)
+    assert replace(scores, refusal=0.0).score == 0
