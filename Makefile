@@ -6,7 +6,9 @@ export PIP_CONSTRAINT ?= .ci/constraints.txt
 
 SETUP := $(VENV)/.sst-setup
 BUILD := $(VENV)/.sst-build
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+# Folders change when a Python file comes or goes, which an editable install must be told of.
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f) \
+  $(shell find sst_kernels python -type d -not -name __pycache__)
 FORMATTED := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup build test lint bench demo clean

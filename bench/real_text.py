@@ -24,15 +24,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harness import provenance
+from sst_merge.data import batches
 from sst_merge.demo.evaluate import refused_share
 from sst_merge.demo.frontier import draw_frontier, measure_alone, summarise, sweep
-from sst_merge.demo.tokens import ASSISTANT, CHAT_TEMPLATE, END, PAD, UNKNOWN, USER, encode, pad
+from sst_merge.demo.tokens import ASSISTANT, CHAT_TEMPLATE, END, PAD, UNKNOWN, USER, encode
 from sst_merge.demo.train import Phase, fit
 from sst_merge.demo.world import Example, World, make_world, write_jsonl
+from sst_merge.fisher import log_likelihood
 
 VOCABULARY = 2000
 LONGEST = 192  # tokens; longer problems are left out
@@ -67,7 +68,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def short(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> list[Example]:
     """The examples of at most `LONGEST` tokens."""
-    return [e for e, (ids, _) in zip(examples, encode(tokenizer, examples), strict=True) if len(ids) <= LONGEST]
+    return [examples[s.index] for s in encode(tokenizer, examples) if len(s.input_ids) <= LONGEST]
 
 
 def train(folder: Path, tokenizer: PreTrainedTokenizerFast, problems: list[Example], world: World, seed: int) -> None:
@@ -99,13 +100,10 @@ def train(folder: Path, tokenizer: PreTrainedTokenizerFast, problems: list[Examp
 @torch.no_grad()
 def answer_loss(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> float:
     """Mean −log p of the solutions' tokens, nats."""
-    encoded = sorted(encode(tokenizer, examples), key=lambda row: len(row[0]))
     total, count = 0.0, 0
-    for start in range(0, len(encoded), 20):
-        batch = pad(encoded[start : start + 20], tokenizer.pad_token_id)
-        logits, labels = model(input_ids=batch.ids).logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()
-        total += float(F.cross_entropy(logits, labels, reduction="sum"))
-        count += int((labels >= 0).sum())
+    for batch in batches(encode(tokenizer, examples), 20, "cpu"):
+        total -= float(log_likelihood(model, batch, seed=None)[0])
+        count += int(batch.is_target.sum())
     return total / count
 
 

@@ -74,9 +74,9 @@ def test_interrupted_training_leaves_nothing(world: World, tmp_path, monkeypatch
     def stop(*_) -> None:
         raise KeyboardInterrupt
 
-    fit = train._fit
+    fit = train.fit
     monkeypatch.setattr(
-        train, "_fit", lambda model, *rest: stop() if hasattr(model, "peft_config") else fit(model, *rest)
+        train, "fit", lambda model, *rest: stop() if hasattr(model, "peft_config") else fit(model, *rest)
     )
     with pytest.raises(KeyboardInterrupt):
         train_models(world, tmp_path / "m", 0, TINY)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from .. import data
 from .world import Example
 
-MAX_LENGTH = 64
+MAX_LENGTH = 256
 PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (

@@ -98,7 +98,7 @@ def _train_all(world: World, folder: Path, seed: int, recipe: Recipe) -> None:
     tokenizer = make_tokenizer(world.pretrain + world.utility_train + world.safety_train)
     torch.manual_seed(seed)
     base = LlamaForCausalLM(_config(tokenizer, recipe))
-    _fit(base, tokenizer, world.pretrain, recipe.base)
+    fit(base, tokenizer, world.pretrain, recipe.base)
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     for name, rank, phase, examples in (
@@ -107,7 +107,7 @@ def _train_all(world: World, folder: Path, seed: int, recipe: Recipe) -> None:
     ):
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         adapted = get_peft_model(base, config)
-        _fit(adapted, tokenizer, examples, phase)
+        fit(adapted, tokenizer, examples, phase)
         adapted.save_pretrained(folder / name)
         base = adapted.unload()
 
@@ -127,10 +127,16 @@ def _config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaConfig:
     )
 
 
-def _fit(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], phase: Phase) -> None:
+def fit(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], phase: Phase) -> None:
     """Minimise the mean of −log p over response tokens by AdamW, in place; leaves the model in eval mode.
 
     The learning rate rises over a twentieth of the steps and falls to zero along a cosine.
+
+    Args:
+        model: Causal language model; its parameters that require a gradient are trained.
+        tokenizer: The demo's tokenizer, or one with its chat template.
+        examples: What to learn.
+        phase: How long, and how fast.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, betas=(0.9, 0.98))
