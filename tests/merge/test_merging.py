@@ -284,6 +284,20 @@ def test_tied_weights_are_not_changed_by_a_saved_head(base_dir, make_adapter, se
         torch.testing.assert_close(problem.model(input_ids).logits, peft_model(input_ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_fishers_in_another_dtype_or_device(setup, device, dtype):
+    """The same labels (harm) give the same Fishers, to the rounding of the model's dtype, wherever it runs."""
+    exact = merge({**setup.config("sst", k=5), "dtype": "float64"})
+    other = merge({**setup.config("sst", k=5), "dtype": dtype, "device": str(device)})
+    for name in exact.plan.curvature.patch:
+        wanted = exact.plan.curvature.statistics.harm.fisher(name)
+        actual = other.plan.curvature.statistics.harm.fisher(name).cpu()
+        error = float((actual - wanted).norm() / wanted.norm())
+        assert error < (0.1 if dtype == "bfloat16" else 1e-8), name
+        u, s = deltas(setup)[name]
+        assert float(merged(other)[name].cpu().sub(u).norm()) < 10 * float(s.norm())
+
+
 def test_weights_scale_the_updates(setup):
     config = setup.config("task_arithmetic")
     config["models"][1]["parameters"] = {"weight": 0.5}

@@ -45,6 +45,15 @@ class Scores:
         factors = [self.refusal, 1 - self.over_refusal, *self.utility.values()]
         return math.prod(factors) ** (1 / len(factors))
 
+    def as_row(self) -> dict[str, float]:
+        """The four numbers that a frontier shows."""
+        return {
+            "refusal": self.refusal,
+            "over_refusal": self.over_refusal,
+            "utility": self.utility_mean,
+            "score": self.score,
+        }
+
 
 def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerFast, world: World) -> Scores:
     """Measure a model on the held-out prompts.

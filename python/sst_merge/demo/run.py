@@ -66,7 +66,7 @@ def _one_seed(folder: Path, seed: int) -> tuple[list[Measured], list[Measured]]:
     started = time.perf_counter()
     models = train_models(world, folder / "models", seed)
     print(f"seed {seed}: models ready after {time.perf_counter() - started:.0f} s", flush=True)
-    config = _write_config(folder, models, world)
+    config = write_config(folder, models, world)
     merge(config, out=folder / "merged", overwrite=True)
     alone, rows = _measured(folder, models, world, config)
     draw_frontier(str(folder / "frontier.png"), rows, alone)
@@ -74,8 +74,17 @@ def _one_seed(folder: Path, seed: int) -> tuple[list[Measured], list[Measured]]:
     return alone, rows
 
 
-def _write_config(folder: Path, models: DemoModels, world: World) -> dict[str, Any]:
-    """Calibration files, and the configuration that a user would write by hand; returned too."""
+def write_config(folder: Path, models: DemoModels, world: World) -> dict[str, Any]:
+    """Calibration files, and the configuration that a user would write by hand.
+
+    Args:
+        folder: Where `harm.jsonl`, `benign.jsonl` and `config.yaml` are written.
+        models: The base and both adapters.
+        world: Its calibration sets are used.
+
+    Returns:
+        The configuration.
+    """
     write_jsonl(folder / "harm.jsonl", world.calibration_harm)
     write_jsonl(folder / "benign.jsonl", world.calibration_benign)
     config = {
@@ -109,13 +118,7 @@ def _measured(
     tokenizer = AutoTokenizer.from_pretrained(models.base_path)
 
     def measure(model: nn.Module) -> dict[str, float]:
-        scores = evaluate(model, tokenizer, world)
-        return {
-            "refusal": scores.refusal,
-            "over_refusal": scores.over_refusal,
-            "utility": scores.utility_mean,
-            "score": scores.score,
-        }
+        return evaluate(model, tokenizer, world).as_row()
 
     alone, rows = measure_alone(config, measure), sweep(config, measure)
     tree = {"fingerprint": fingerprint, "alone": [asdict(r) for r in alone], "rows": [asdict(r) for r in rows]}
