@@ -81,10 +81,10 @@ class SstParameters(FisherParameters):
     """
 
     fisher: str = "exact"
-    shrinkage: float = 0.3
-    damping: float = 0.1
+    shrinkage: float = 0.0
+    damping: float = 1.0
     select: str = "top_k"
-    k: int | float = 0.25
+    k: int | float = 0.05
     scope: str = "global"
     mu: float | None = None
 
