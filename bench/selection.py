@@ -26,14 +26,18 @@ from sst_merge.demo.train import train_models
 from sst_merge.demo.world import make_world
 
 ALPHAS = (0.7, 0.85, 1.0, 1.2, 1.5)
+SETTINGS = [
+    (s, e, k, scope)
+    for s, scope in ((0.0, "global"), (0.0, "module"), (0.3, "global"))
+    for e in (0.1, 1.0, 5.0)
+    for k in (0.05, 0.15, 0.4)
+]
 RUNS = {
-    f"s={s} eps={e} k={k}": ("sst", {"shrinkage": s, "damping": e, "k": k})
-    for s in (0.0, 0.1, 0.3)
-    for e in (0.1, 1.0, 5.0, 25.0)
-    for k in (0.02, 0.05, 0.15)
+    f"top_k, s={s} eps={e} k={k} {scope}": ("sst", {"shrinkage": s, "damping": e, "k": k, "scope": scope})
+    for s, e, k, scope in SETTINGS
 } | {
-    f"s=0.0 eps={e} soft mu={mu}": ("sst", {"shrinkage": 0.0, "damping": e, "select": "soft", "mu": mu})
-    for e in (1.0, 5.0)
+    f"soft, s=0.0 eps={e} mu={mu}": ("sst", {"shrinkage": 0.0, "damping": e, "select": "soft", "mu": mu})
+    for e in (0.1, 1.0)
     for mu in (0.02, 0.1, 0.5)
 }
 

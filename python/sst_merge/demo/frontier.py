@@ -182,11 +182,11 @@ def draw_frontier(path: str, rows: Sequence[Measured], alone: Sequence[Measured]
     for axes, key in zip(figure.subplots(1, 2), ("utility", "over_refusal"), strict=True):
         for i, label in enumerate(labels):
             mine = [row for row in rows if row.label == label]
-            style = "-o" if label.startswith("SST") else "--s"
-            axes.plot(
-                [row.refusal for row in mine], [getattr(row, key) for row in mine], style, ms=3, lw=1,
-                c=colormaps["tab20"](i % 20), label=label,
-            )  # fmt: skip
+            style = (
+                {"ls": "-", "marker": "o", "lw": 2} if label.startswith("SST") else {"ls": "--", "marker": "s", "lw": 1}
+            )
+            points = [(row.refusal, getattr(row, key)) for row in mine]
+            axes.plot(*zip(*points, strict=True), ms=3, color=colormaps["tab20"](i % 20), label=label, **style)
         for row in alone:
             axes.annotate(row.label, (row.refusal, getattr(row, key)), fontsize=7)
             axes.plot(row.refusal, getattr(row, key), "k*")
