@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -66,14 +67,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     args = _parser().parse_args(argv)
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        """Remember it: compiled code that is called back may turn a KeyboardInterrupt into another error."""
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupts:
+            print("sst-merge: interrupted; nothing was written", file=sys.stderr)
+            return 130
+        if not isinstance(error, (ValueError, OSError)):
+            raise
         print(f"sst-merge: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("sst-merge: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     return 0
 
 

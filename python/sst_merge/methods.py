@@ -73,9 +73,7 @@ class Plan:
         return from_core(problem.bases[name], matrix, rank) if self.in_core else factor(matrix, rank)
 
 
-def _in_core(
-    formula: Callable[[Tensor, Tensor, float], Tensor],
-) -> Callable[[Problem, AlphaParameters], Plan]:
+def _in_core(formula: Formula) -> Callable[[Problem, AlphaParameters], Plan]:
     """A method that is linear in the two updates, done exactly on their cores."""
 
     def build(problem: Problem, parameters: AlphaParameters) -> Plan:
@@ -115,9 +113,7 @@ def _diagonal_sst(problem: Problem, parameters: DiagonalSstParameters) -> Plan:
     for name, tau in curvature.patch.items():
         diagonals = statistics.harm.diagonal_of(name), statistics.benign.diagonal_of(name)
         kept[name] = diagonal_sst_mask(*diagonals, epsilon, share).reshape(tau.shape) * tau
-
-    biases = _unfiltered(parameters)
-    return Plan(_add_filtered(curvature, kept), in_core, biases, curvature=curvature)
+    return Plan(_add_filtered(curvature, kept), in_core, _unfiltered(parameters), curvature=curvature)
 
 
 def _sst(problem: Problem, parameters: SstParameters) -> Plan:
@@ -126,9 +122,7 @@ def _sst(problem: Problem, parameters: SstParameters) -> Plan:
     directions, gamma = find_directions(curvature.statistics, curvature.patch, parameters)
     factors = filter_factors(directions, parameters)
     kept = {name: apply_filter(d, factors[name], curvature.patch[name].shape) for name, d in directions.items()}
-
-    update, biases = _add_filtered(curvature, kept), _unfiltered(parameters)
-    return Plan(update, True, biases, directions, factors, curvature, gamma)
+    return Plan(_add_filtered(curvature, kept), True, _unfiltered(parameters), directions, factors, curvature, gamma)
 
 
 def _add_filtered(curvature: Curvature, kept: Mapping[str, Tensor]) -> Callable[[str, float], Tensor]:

@@ -30,13 +30,11 @@ class Curvature:
     """Statistics, and the coordinates they are in.
 
     Attributes:
-        bases: Module name -> basis; modules whose patch is zero are absent.
         origin: Module name -> core of Δ_utility.
-        patch: Module name -> core of τ.
+        patch: Module name -> core of τ; modules whose patch is zero are absent.
         statistics: Fishers in these coordinates.
     """
 
-    bases: Mapping[str, CoreBasis]
     origin: Mapping[str, Tensor]
     patch: Mapping[str, Tensor]
     statistics: Statistics
@@ -213,7 +211,7 @@ class Problem:
         settings = _collection_settings(parameters, self.config, diagonal)
         with Collector(self.model, bases, origin, changed, settings) as collector:
             statistics = collect_statistics(collector, self.calibration["harm"], self.calibration["benign"])
-        return Curvature({name: bases[name] for name in changed}, origin, changed, statistics)
+        return Curvature(origin, changed, statistics)
 
 
 def _read(path: str, weight: float, device: str) -> Adapter:
