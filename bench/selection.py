@@ -1,6 +1,6 @@
 """Which damping, shrinkage and share of directions? The demo's frontier over a grid of SST's own settings.
 
-    python bench/selection.py [--demo demo-out] [--seeds 2] [--out bench/results/selection.json]
+    python bench/selection.py [--demo demo-out] [--seeds 1] [--out bench/results/selection.json]
 
 Needs the models that `sst-merge demo --out DIR --seeds N` left in DIR (it trains those that are missing). Per setting
 and seed: the best score over strengths, and the most utility at 90% refusal. Scores are measured on the demo's held-out
@@ -28,8 +28,7 @@ from sst_merge.demo.world import make_world
 ALPHAS = (0.7, 0.85, 1.0, 1.2, 1.5)
 SETTINGS = [
     (s, e, k, scope)
-    for s, scope in ((0.0, "global"), (0.0, "module"), (0.3, "global"))
-    for e in (0.1, 1.0, 5.0)
+    for s, e, scope in ((0.0, 1.0, "global"), (0.0, 5.0, "global"), (0.0, 1.0, "module"), (0.3, 1.0, "global"))
     for k in (0.05, 0.15, 0.4)
 ]
 RUNS = {
@@ -37,8 +36,8 @@ RUNS = {
     for s, e, k, scope in SETTINGS
 } | {
     f"soft, s=0.0 eps={e} mu={mu}": ("sst", {"shrinkage": 0.0, "damping": e, "select": "soft", "mu": mu})
-    for e in (0.1, 1.0)
-    for mu in (0.02, 0.1, 0.5)
+    for e in (1.0, 5.0)
+    for mu in (0.01, 0.03, 0.1)
 }
 
 
@@ -58,7 +57,7 @@ def main() -> None:
     """Runs the grid on every seed, prints the means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("demo-out"))
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     tables = [grid(args.demo / f"seed{seed}", seed) for seed in range(args.seeds)]

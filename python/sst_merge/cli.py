@@ -57,6 +57,22 @@ def _demo(args: argparse.Namespace) -> None:
     run_demo(args.out, seeds=args.seeds)
 
 
+class _Interrupt:
+    """Ctrl-C's handler remembers it: compiled code that is called back may raise another error in its place."""
+
+    seen = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+
+def _interrupted() -> int:
+    """Say so; the exit code."""
+    print("sst-merge: interrupted; nothing was written", file=sys.stderr)
+    return 130
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -65,22 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        Exception: A fault of the program itself, with its traceback.
     """
     args = _parser().parse_args(argv)
-    interrupts: list[int] = []
-
-    def interrupt(number: int, frame: object) -> None:
-        """Remember it: compiled code that is called back may turn a KeyboardInterrupt into another error."""
-        interrupts.append(number)
-        raise KeyboardInterrupt
-
+    interrupt = _Interrupt()
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         args.run(args)
-    except (Exception, KeyboardInterrupt) as error:
-        if interrupts:
-            print("sst-merge: interrupted; nothing was written", file=sys.stderr)
-            return 130
+    except KeyboardInterrupt:
+        return _interrupted()
+    except Exception as error:
+        if interrupt.seen:
+            return _interrupted()
         if not isinstance(error, (ValueError, OSError)):
             raise
         print(f"sst-merge: error: {error}", file=sys.stderr)

@@ -76,7 +76,7 @@ class SstParameters(FisherParameters):
         damping: ε ≥ 0, in units of the mean diagonal of F_benign.
         select: "top_k" or "soft".
         k: Count (integer) or share (float in (0, 1]) of directions that top_k keeps.
-        scope: "global" or "module" ranking.
+        scope: "module", k in every module; or "global", k over all modules by one ranking.
         mu: μ > 0 of soft; the median λ when null.
     """
 
@@ -85,7 +85,7 @@ class SstParameters(FisherParameters):
     damping: float = 1.0
     select: str = "top_k"
     k: int | float = 0.05
-    scope: str = "global"
+    scope: str = "module"
     mu: float | None = None
 
 

@@ -101,7 +101,7 @@ def test_bad_calibration(setup, tmp_path, capsys, kind, lines, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parameters": {"k": 10**6}}, "got k = 1000000"),
+        ({"parameters": {"k": 10**6, "scope": "global"}}, "the model has n = "),
         ({"parameters": {"k": 10**6, "scope": "module"}}, "module 'model.layers.0"),
         ({"parameters": {"alpha": 11}}, "alpha"),
         ({"base_model": "/nowhere"}, "base_model"),

@@ -163,7 +163,7 @@ def test_requested_rank_is_the_best_truncation_and_its_error_is_reported(setup, 
 
 
 def test_report_numbers(setup, tmp_path):
-    result = merge(setup.config("sst", k=7), out=tmp_path / "out")
+    result = merge(setup.config("sst", k=7, scope="global"), out=tmp_path / "out")
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert sum(m.get("kept", 0) for m in report["modules"]) == 7
     for row in report["modules"]:
@@ -183,7 +183,7 @@ def test_report_numbers(setup, tmp_path):
     for picture in ("spectrum", "gain_cost", "kept_energy", "ray_held", "damping_share"):
         data = (tmp_path / f"out/{picture}.png").read_bytes()
         assert data.startswith(b"\x89PNG") and f"({picture}.png)" in text
-    assert load_config(tmp_path / "out/sst_config.yaml") == load_config(setup.config("sst", k=7))
+    assert load_config(tmp_path / "out/sst_config.yaml") == load_config(setup.config("sst", k=7, scope="global"))
 
 
 def test_biases_follow_the_method(base_dir, make_adapter, setup):

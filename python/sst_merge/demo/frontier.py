@@ -18,7 +18,7 @@ from ..methods import METHODS
 from ..problem import Problem
 
 REFUSAL_WANTED = 0.9
-ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
+ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "task arithmetic": ("task_arithmetic", {}),
@@ -33,6 +33,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "SST exact, local": ("sst", {"where": "local"}),
     "SST diagonal": ("sst", {"fisher": "diagonal"}),
     "SST exact": ("sst", {}),
+    "SST exact, global ranking": ("sst", {"scope": "global"}),
     "SST exact, shrunk 0.3": ("sst", {"shrinkage": 0.3}),
     "SST exact, soft, mu 0.1": ("sst", {"select": "soft", "mu": 0.1}),
 }
