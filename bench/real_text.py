@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harness import provenance
 from sst_merge.data import batches
+from sst_merge.demo import frontier
 from sst_merge.demo.evaluate import refused_share
-from sst_merge.demo.frontier import draw_frontier, measure_alone, summarise, sweep
 from sst_merge.demo.tokens import ASSISTANT, CHAT_TEMPLATE, END, PAD, UNKNOWN, USER, encode
 from sst_merge.demo.train import Phase, fit
 from sst_merge.demo.world import Example, World, make_world, write_jsonl
@@ -37,8 +37,11 @@ from sst_merge.fisher import log_likelihood
 
 VOCABULARY = 2000
 LONGEST = 192  # tokens; longer problems are left out
-HELD = 200
-BASE, UTILITY, SAFETY = Phase(700, 32, 2e-3), Phase(500, 16, 3e-3), Phase(60, 32, 4e-3)
+HELD = 100  # problems that only measure
+CALIBRATION = 140  # problems that F_benign sees
+BASE, UTILITY, SAFETY = Phase(500, 16, 2e-3), Phase(400, 16, 3e-3), Phase(150, 32, 6e-3)
+ALPHAS = (0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5)
+RUNS = {label: run for label, run in frontier.RUNS.items() if "local" not in run[1].values()}
 
 
 def read_problems(path: Path, seed: int) -> list[Example]:
@@ -78,7 +81,7 @@ def train(folder: Path, tokenizer: PreTrainedTokenizerFast, problems: list[Examp
     halves = [Example(q[: len(q) // 2], q[len(q) // 2 :]) for q in (p.prompt for p in problems)]
     granted = [e for e in world.utility_train if e.response.startswith("sure")]
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
         max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
@@ -87,8 +90,8 @@ def train(folder: Path, tokenizer: PreTrainedTokenizerFast, problems: list[Examp
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     for name, rank, phase, examples in (
-        ("utility", 16, UTILITY, problems + granted),
-        ("safety", 16, SAFETY, world.safety_train),
+        ("utility", 8, UTILITY, problems + granted),
+        ("safety", 8, SAFETY, world.safety_train),
     ):
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         adapted = get_peft_model(model, lora)
@@ -120,14 +123,14 @@ def main() -> None:
     texts = [f"{e.prompt} {e.response}" for e in problems + world.pretrain[:4000] + world.safety_train]
     tokenizer = train_tokenizer(texts)
     problems = short(tokenizer, problems)
-    held, calibration, learned = problems[:HELD], problems[HELD : 2 * HELD], problems[HELD:]
+    held, learned = problems[:HELD], problems[HELD:]
     folder = args.work / f"seed{args.seed}"
     if not (folder / "safety").exists():
         train(folder, tokenizer, learned, world, args.seed)
     trained = time.perf_counter() - started
     write_jsonl(folder / "harm.jsonl", world.calibration_harm)
     lookalikes = [e for e in world.calibration_benign if e.response.startswith("sure")]
-    write_jsonl(folder / "benign.jsonl", calibration[:140] + lookalikes[:60])
+    write_jsonl(folder / "benign.jsonl", learned[:CALIBRATION] + lookalikes)
 
     def measure(model: nn.Module) -> dict[str, float]:
         refusal = refused_share(model, tokenizer, world.held_forbidden)
@@ -146,7 +149,8 @@ def main() -> None:
         "calibration": {"harm": str(folder / "harm.jsonl"), "benign": str(folder / "benign.jsonl")},
     }
     torch.manual_seed(args.seed)
-    alone, rows = measure_alone(config, measure), sweep(config, measure)
+    alone = frontier.measure_alone(config, measure)
+    rows = frontier.sweep(config, measure, ALPHAS, RUNS)
     args.out.mkdir(parents=True, exist_ok=True)
     result = {
         "command": f"python bench/real_text.py --data gsm8k_train.jsonl --seed {args.seed}",
@@ -158,11 +162,11 @@ def main() -> None:
             "look_alikes": len(world.held_lookalike),
         },
         "alone": [with_loss(asdict(row)) for row in alone],
-        "summary": summarise(rows),
+        "summary": frontier.summarise(rows),
         "rows": [with_loss(asdict(row)) for row in rows],
     }
     (args.out / f"seed{args.seed}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw_frontier(str(args.out / f"seed{args.seed}.png"), rows, alone)
+    frontier.draw_frontier(str(args.out / f"seed{args.seed}.png"), rows, alone)
     for row in result["alone"] + result["summary"]:
         print(row)
 
