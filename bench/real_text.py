@@ -39,9 +39,21 @@ VOCABULARY = 2000
 LONGEST = 192  # tokens; longer problems are left out
 HELD = 100  # problems that only measure
 CALIBRATION = 140  # problems that F_benign sees
-BASE, UTILITY, SAFETY = Phase(500, 16, 2e-3), Phase(400, 16, 3e-3), Phase(150, 32, 6e-3)
+BASE, UTILITY, SAFETY = Phase(400, 16, 2e-3), Phase(600, 16, 3e-3), Phase(150, 32, 6e-3)
 ALPHAS = (0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5)
-RUNS = {label: run for label, run in frontier.RUNS.items() if "local" not in run[1].values()}
+RUNS = {
+    label: frontier.RUNS[label]
+    for label in (
+        "task arithmetic",
+        "interpolation",
+        "TIES, density 0.5",
+        "DARE, p 0.5",
+        "diagonal SST, weights, hard, path",
+        "SST diagonal",
+        "SST exact",
+        "SST exact, soft, mu 0.1",
+    )
+}
 
 
 def read_problems(path: Path, seed: int) -> list[Example]:
@@ -57,9 +69,10 @@ def read_problems(path: Path, seed: int) -> list[Example]:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair encoding with the demo's chat template."""
+    """Byte-pair encoding within words, white space folded, with the demo's chat template."""
     core = Tokenizer(models.BPE(unk_token=UNKNOWN))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(words), decoders.ByteLevel()
     special = [PAD, END, UNKNOWN, USER, ASSISTANT]
     core.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
@@ -90,7 +103,7 @@ def train(folder: Path, tokenizer: PreTrainedTokenizerFast, problems: list[Examp
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     for name, rank, phase, examples in (
-        ("utility", 8, UTILITY, problems + granted),
+        ("utility", 16, UTILITY, problems + granted),
         ("safety", 8, SAFETY, world.safety_train),
     ):
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
