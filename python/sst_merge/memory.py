@@ -32,7 +32,7 @@ def estimate_memory(
         coordinates: "core" or "weight"; in the latter nothing is solved.
 
     Returns:
-        Use -> bytes. Activations are a rule of thumb: 34 numbers a token, layer and hidden unit, as Korthikanti et
+        Use -> bytes. Activations are a rule of thumb: 17 numbers a token, layer and hidden unit, as Korthikanti et
         al. (2022) count them, and three copies of the logits in float32.
     """
     text = problem.model_config
