@@ -1,8 +1,12 @@
-r"""The project's only hooks: they add a low-rank update to linear layers and gather its per-sequence gradients.
+r"""The project's only hooks.
 
-A module with weight W (d_out × d_in) computes y = W x. In *core coordinates* an update of it is Q_out C Q_inᵀ with
-orthonormal Q_out (d_out × r_out) and Q_in (d_in × r_in); the coordinates are φ = vec(C), row-major, n = r_out·r_in.
-The hook computes
+`tap` hands out the gradient of a tensor together with something kept from the forward pass. `CoreGradients` adds a
+low-rank update to linear layers and gathers its per-sequence gradients. `LayerTaps` shows the inputs and the output
+gradients of layers, forward pass by forward pass.
+
+Core gradients: a module with weight W (d_out × d_in) computes y = W x. In *core coordinates* an update of it is
+Q_out C Q_inᵀ with orthonormal Q_out (d_out × r_out) and Q_in (d_in × r_in); the coordinates are φ = vec(C), row-major,
+n = r_out·r_in. The hook computes
 
     x̂ = x Q_in,   z = x̂ Cᵀ,   y ← y + z Q_outᵀ
 
@@ -13,15 +17,55 @@ already: per sequence s, ∂/∂φ = Σ_{t∈s} δ̂_t ⊗ x̂_t, one call of `k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from .ops import khatri_rao_rows
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; its backward pass shows the gradient, and what was kept, to `gather`.
+
+    What is kept goes through `save_for_backward`, so gradient checkpointing recomputes it like any activation, and the
+    backward of a recomputed graph is never run twice. The output is an alias but, to autograd, no view: modules may
+    change it in place.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, kept: Tensor, gather: Callable[[Tensor, Tensor], None], anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.gather = gather
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, delta: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.gather(*ctx.saved_tensors, delta)
+        return delta, None, None, None
+
+
+def tap(output: Tensor, kept: Tensor, gather: Callable[[Tensor, Tensor], None], anchor: Tensor | None = None) -> Tensor:
+    """The same values; whenever a gradient δ of them arrives, `gather(kept, δ)` is called.
+
+    Args:
+        output: Any floating-point tensor; it need not require a gradient.
+        kept: Any tensor without a gradient, kept for the backward pass.
+        gather: Called within the backward pass, without gradients.
+        anchor: A leaf that requires a gradient. `torch.autograd.grad(loss, anchor, allow_unused=True)` runs just the
+            part of the backward pass that leads to taps with that anchor; its own gradient is none.
+
+    Returns:
+        An alias of `output` that requires a gradient.
+    """
+    return _Tap.apply(output, kept, gather, torch.empty(0, requires_grad=True) if anchor is None else anchor)
 
 
 @dataclass(frozen=True)
@@ -140,12 +184,9 @@ class CoreGradients:
         x_hat = F.embedding(x, q_in) if isinstance(module, nn.Embedding) else x.to(output.dtype) @ q_in
         z = x_hat @ core.mT
         if torch.is_grad_enabled() and name in self.watched:
-            if not z.requires_grad:  # nothing before this module is differentiated: gradients begin here
-                z.requires_grad_()
-            z.register_hook(partial(self._gather, name, x_hat.detach()))
+            z = tap(z, x_hat.detach(), partial(self._gather, name))
         return output + z @ q_out.mT
 
-    @torch.no_grad()
     def _gather(self, name: str, x_hat: Tensor, delta_hat: Tensor) -> None:
         """rows[s] = Σ_{t∈s} w_t δ̂_t ⊗ x̂_t, given to `consume`."""
         x_hat, delta_hat = x_hat.flatten(0, -2), delta_hat.flatten(0, -2)
@@ -160,3 +201,141 @@ class CoreGradients:
         if weight is not None:
             weight = weight.to(torch.float64 if x_hat.dtype == torch.float64 else torch.float32)
         self.consume(name, khatri_rao_rows(x_hat, delta_hat, self._cu_seqlens, weight))
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what torch.compile returned."""
+    return getattr(model, "_orig_mod", model)
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One forward pass of the model with gradients on.
+
+    Attributes:
+        tapped: Whether its layers are tapped.
+        layout: What the visitor knows of its tokens.
+        calls: Layer -> for each call, in order, the number of its input; equal numbers are one tensor.
+        alpha: Factor of δ δᵀ in the backward pass that now runs through it; None while none does that counts.
+        running: Whether the forward pass has not returned yet.
+        hidden: A layer that was called with gradients off, as in blocks under reentrant checkpointing.
+    """
+
+    tapped: bool
+    layout: Any = None
+    calls: dict[str, list[int]] = field(default_factory=dict)
+    alpha: float | None = None
+    running: bool = True
+    hidden: str | None = None
+    inputs: dict[int, tuple[weakref.ref, int]] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=count)
+
+    def record(self, name: str, x: Tensor) -> None:
+        """Note which tensor a layer was called with."""
+        known = self.inputs.get(id(x))
+        if known is None or known[0]() is not x:  # an id may be that of a tensor that is gone
+            known = self.inputs[id(x)] = (weakref.ref(x), next(self.numbers))
+        self.calls.setdefault(name, []).append(known[1])
+
+
+class Visitor(Protocol):
+    """What `LayerTaps` asks and tells."""
+
+    def begin(self, args: tuple, kwargs: dict) -> ForwardPass | None:
+        """The model is called, with gradients on or off."""
+
+    def keep(self, name: str, passing: ForwardPass, x: Tensor, output: Tensor) -> Tensor:
+        """What to keep of a layer's input for the backward pass."""
+
+    def gather(self, name: str, passing: ForwardPass, kept: Tensor, delta: Tensor) -> None:
+        """The gradient of the layer's output has arrived."""
+
+    def end(self, passing: ForwardPass, kwargs: dict, output: Any) -> None:
+        """The model has returned."""
+
+
+class LayerTaps:
+    """Context manager: every forward pass of the model taps its layers, and says so to a visitor.
+
+    Gradients begin at the first tapped layer even if the whole model is frozen. A gradient-checkpointed block calls
+    its layers twice; the second time, inside the backward pass, is told by the pass whose outputs that backward pass
+    has just come through, so several forward passes may precede their backward passes.
+
+    Code that torch.compile made does not see hooks that come later, and traces away those that it sees. While entered
+    it runs eagerly; if `model` is itself what torch.compile returned, only from a tapped pass to the next pass.
+
+    Args:
+        model: The module that is called.
+        names: Submodules to tap; each must map one tensor to one tensor.
+        visitor: What is asked and told.
+    """
+
+    def __init__(self, model: nn.Module, names: Collection[str], visitor: Visitor) -> None:
+        self.model, self.names, self.visitor = model, names, visitor
+        self.anchor = torch.empty(0, requires_grad=True)
+        self.current: ForwardPass | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._eager: torch.compiler.set_stance | None = None
+
+    def __enter__(self) -> LayerTaps:
+        self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        for name in self.names:
+            module = uncompiled(self.model).get_submodule(name)
+            self._handles.append(module.register_forward_hook(partial(self._tap, name), with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(self._end, with_kwargs=True))
+        self._run_eagerly(True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._run_eagerly(False)
+        self.current = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether the context is entered."""
+        return bool(self._handles)
+
+    def _run_eagerly(self, eagerly: bool) -> None:
+        """Whether compiled code is passed by, in this process."""
+        if eagerly and self._eager is None:
+            self._eager = torch.compiler.set_stance("force_eager")
+        elif not eagerly and self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch._C._current_graph_task_id() != -1:  # the model itself is checkpointed, and called once more
+            return
+        self.current = self.visitor.begin(args, kwargs)
+        if self.model is not uncompiled(self.model):  # so this hook runs whatever the stance
+            self._run_eagerly(self.current is not None and self.current.tapped)
+
+    def _tap(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        passing = self.current
+        if passing is None or not passing.tapped:
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        if passing.running:
+            passing.record(name, x)
+        if not torch.is_grad_enabled():
+            passing.hidden = name if passing.running else passing.hidden
+            return None
+        with torch.no_grad():
+            kept = self.visitor.keep(name, passing, x.detach(), output)
+        return tap(output, kept, partial(self.visitor.gather, name, passing), self.anchor)
+
+    def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        passing = self.current
+        if passing is None or not passing.running:
+            return
+        passing.running = False
+        passing.inputs.clear()
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(partial(self._enter_backward, passing))
+        self.visitor.end(passing, kwargs, output)
+
+    def _enter_backward(self, passing: ForwardPass, gradient: Tensor) -> None:
+        self.current = passing

@@ -45,15 +45,17 @@ def syrk_accumulate_(
     """Lower triangle of β S + α Xᵀ diag(w) X, returned beside S's own upper triangle.
 
     Args:
-        S: (…, d, d), any dtype and device; not changed.
+        S: (…, d, d), or packed (…, d (d + 1) / 2), any dtype and device; not changed.
         X: (…, T, d).
         weight: (…, T) or None for ones; a row of weight 0 is left out, whatever it holds.
         alpha: Factor of the new part.
         beta: Factor of the old part; 0 leaves S's lower triangle unread.
 
     Returns:
-        (…, d, d) float64 on the CPU: what S should hold afterwards.
+        S's shape, float64 on the CPU: what S should hold afterwards.
     """
+    if S.dim() == X.dim() - 1:
+        return pack_lower(syrk_accumulate_(unpack_lower(S), X, weight, alpha, beta))
     out, x = S.double().cpu().clone(), X.double().cpu()
     weights = torch.ones(X.shape[:-1]) if weight is None else weight
     for member in itertools.product(*map(range, X.shape[:-2])):
@@ -64,3 +66,81 @@ def syrk_accumulate_(
         lower = alpha * total if beta == 0 else beta * out[member] + alpha * total
         out[member] = torch.where(torch.ones_like(total).tril().bool(), lower, out[member])
     return out
+
+
+def kron_accumulate_(
+    factors: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    delta: Tensor,
+    mask: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """β A + Σ_t w_t x_t x_tᵀ, β G + α Σ_t w_t δ_t δ_tᵀ, β counts + Σ_t w_t.
+
+    Args:
+        factors: A (d_in, d_in), G (d_out, d_out), either of them packed, and counts (2,); not changed.
+        x: (…, d_in); leading dimensions are tokens.
+        delta: (…, d_out).
+        mask: Those leading dimensions, bool or weights, or None for ones.
+        alpha: Factor of the new part of G.
+        beta: Factor of the old parts.
+
+    Returns:
+        A, G and counts as they should be afterwards, float64 on the CPU.
+    """
+    A, G, counts = factors
+    w = None if mask is None else mask.double().flatten()
+    total = x[..., 0].numel() if w is None else w.sum().cpu()
+    old = torch.zeros(2).double() if beta == 0 else beta * counts.double().cpu()
+    return (
+        syrk_accumulate_(A, x.flatten(0, -2), w, 1.0, beta),
+        syrk_accumulate_(G, delta.flatten(0, -2), w, alpha, beta),
+        old + total,
+    )
+
+
+def khatri_rao_syrk_accumulate_(
+    F: Tensor,
+    a: Tensor,
+    b: Tensor,
+    cu_seqlens: Tensor,
+    weight: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> Tensor:
+    """Lower triangle of β F + α Σ_s g_s g_sᵀ, g_s the rows of `khatri_rao_rows`, beside F's own upper triangle.
+
+    Args:
+        F: (n, n) with n = r_b · r_a, or packed; not changed.
+        a: (T, r_a).
+        b: (T, r_b).
+        cu_seqlens: (S + 1,) integers.
+        weight: (T,) or None for ones.
+        alpha: Factor of the new part.
+        beta: Factor of the old part.
+
+    Returns:
+        F's shape, float64 on the CPU: what F should hold afterwards.
+    """
+    return syrk_accumulate_(F, khatri_rao_rows(a, b, cu_seqlens, weight), None, alpha, beta)
+
+
+def symmetrize_(S: Tensor) -> Tensor:
+    """S with its upper triangle mirrored from its lower, float64 on the CPU."""
+    lower = torch.where(torch.ones(S.shape[-2:]).tril().bool(), S.double().cpu(), 0.0)
+    return lower + lower.tril(-1).mT
+
+
+def pack_lower(S: Tensor) -> Tensor:
+    """P[i (i + 1) / 2 + j] = S[i, j] for j ≤ i, float64 on the CPU."""
+    d = S.shape[-1]
+    return torch.stack([S[..., i, j].double().cpu() for i in range(d) for j in range(i + 1)], -1)
+
+
+def unpack_lower(P: Tensor) -> Tensor:
+    """The symmetric S with S[i, j] = P[i (i + 1) / 2 + j] for j ≤ i, float64 on the CPU."""
+    d = int((2 * P.shape[-1]) ** 0.5)
+    rows = torch.arange(d)
+    i, j = torch.maximum(rows[:, None], rows), torch.minimum(rows[:, None], rows)
+    return P.double().cpu()[..., i * (i + 1) // 2 + j]

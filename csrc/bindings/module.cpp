@@ -1,5 +1,9 @@
 // The Python module: loading it registers the ops (csrc/ops); it binds what is not an op.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
 
 #include "kernels/panel.h"
 #include "kernels/schedule.h"
@@ -27,6 +31,29 @@ py::dict build_info() {
   return info;
 }
 
+using Product = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // members, d, tokens, tile
+
+// Every unit of a group as (product, member, row, col, first token, end, place in the workspace, splits), in order, and
+// the size of the workspace.
+py::tuple group_units(const std::vector<Product>& products, int64_t target_units, int64_t least_tokens) {
+  std::vector<sst::TriangleSchedule> schedules;
+  for (const auto& [members, d, tokens, tile] : products) {
+    schedules.push_back({.members = members, .d = d, .tokens = tokens, .tile = tile});
+  }
+  const int64_t count = static_cast<int64_t>(schedules.size());
+  const sst::GroupTotals totals = sst::schedule_group(schedules.data(), count, target_units, least_tokens);
+  py::list units;
+  for (int64_t index = 0; index < totals.units; ++index) {
+    const int64_t i = sst::find_schedule(schedules.data(), count, &sst::TriangleSchedule::first_unit, index);
+    const sst::TriangleSchedule& part = schedules[i];
+    const auto unit = part.unit(index - part.first_unit);
+    const int64_t place = part.partial(unit.member, unit.tile, unit.split);
+    units.append(py::make_tuple(i, unit.member, unit.tile.row, unit.tile.col, unit.tokens.begin, unit.tokens.end, place,
+                                part.splits));
+  }
+  return py::make_tuple(units, totals.workspace);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -35,4 +62,5 @@ PYBIND11_MODULE(_C, m) {
     const sst::BlockIndex block = sst::triangle_block(index);
     return py::make_tuple(block.row, block.col);
   });
+  m.def("group_units", &group_units);
 }

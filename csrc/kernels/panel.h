@@ -1,7 +1,8 @@
-// The CPU kernels' one inner loop: products of packed panels.
+// The CPU kernels' one inner loop: products of panels.
 //
-// A panel holds kPanel columns of a matrix for up to kTokens of its rows ("tokens"), widened to the
-// accumulator type, missing columns filled with zeros; a panel row fills whole cache lines.
+// A panel holds kPanel columns of a matrix for up to kTokens of its rows ("tokens"). It is packed (widened to the
+// accumulator type, weighted, missing columns filled with zeros), or, where the matrix is already of that type and as
+// wide as its panels, the matrix itself.
 #pragma once
 
 #include <cstdint>
@@ -11,17 +12,28 @@
 namespace sst {
 
 constexpr int64_t kPanel = 16;
-constexpr int64_t kTokens = 256;
+constexpr int64_t kTokens = 128;
+// Elements from one packed panel to the next: a panel and a cache line, lest all panels meet in one set of the cache.
+constexpr int64_t kPanelStride = kPanel * (kTokens + 1);
 
-template <class A>
-struct alignas(64) PanelRow {
-  A value[kPanel];
+// Columns of a matrix as panels: element (k, j) at data[j / kPanel · panel_stride + k · row_stride + j % kPanel].
+template <class E>
+struct Panels {
+  const E* data;
+  int64_t row_stride, panel_stride;
+};
+
+// Two tokens' bfloat16 values of one column, the earlier one in the lower half: what dot-product instructions take.
+struct BFloat16Pair {
+  uint32_t bits;
 };
 
 // The tokens of one block whose weight is not zero: only these are read from memory.
 template <class A>
 struct TokenBlock {
   int64_t count;
+  bool contiguous;  // token[k] = token[0] + k, and only token[0] is set
+  bool ones;        // weight[k] = 1, and none is set
   int64_t token[kTokens];
   A weight[kTokens];
 };
@@ -30,27 +42,42 @@ struct TokenBlock {
 template <class A>
 TokenBlock<A> select_tokens(const A* weight, Range tokens);
 
-// What the two functions below are compiled for, best first. They take an index into this list, of
-// a set that the machine supports: the kernels pass instruction_set_in_use(), the best of those.
+// What the functions below are compiled for, best first. They take an index into this list, of a set that the machine
+// supports: the kernels pass instruction_set_in_use(), the best of those.
 struct InstructionSet {
   const char* name;
   bool (*supported)();
+  bool bfloat16_pairs;  // panel_product takes BFloat16Pair
 };
 extern const InstructionSet kInstructionSets[];
 extern const int kNumInstructionSets;
 int instruction_set_in_use();
 
-// Packs all columns of x: panels[i · kTokens + k][j] = x[token_k, i · kPanel + j], times weight_k
-// if `weighted`.
+// Packs all columns of x: element (k, j) = x[token_k, j], times weight_k if `weighted`. Writes whole panels,
+// ceil(x.cols / kPanel) of them, to `out` (kPanelStride elements each, 64-byte aligned).
 template <class T>
-void pack_panels(int set, const Rows<T>& x, const TokenBlock<Accumulator<T>>& block, bool weighted,
-                 PanelRow<Accumulator<T>>* panels);
+void pack(int set, const Rows<T>& x, const TokenBlock<Accumulator<T>>& block, bool weighted, Accumulator<T>* out);
+// The same without weights, two tokens to an element: (count + 1) / 2 of them, the last filled with zeros.
+void pack_pairs(int set, const Rows<BFloat16>& x, const TokenBlock<float>& block, BFloat16Pair* out);
 
-// c (kPanel, kPanel; rows `stride` apart) = pᵀ q = Σ_k p_k q_kᵀ, added to what is there if `add`.
-// 2 · kPanel² · count flops; reads each panel once from L1. The order of the sum over k is fixed;
-// its rounding depends on the instruction set (fused or separate multiply-add).
-template <class A>
-void panel_product(int set, const PanelRow<A>* p, const PanelRow<A>* q, int64_t count, A* c,
-                   int64_t stride, bool add);
+// Which part of a product is wanted.
+enum class Part { all, lower };
+
+// c (rows, cols; rows `stride` apart) = Σ_k p_k q_kᵀ, added to what is there if `add`; rows and cols are multiples of
+// kPanel. Part::lower: p and q are columns of one matrix, and blocks wholly above the diagonal are left as they are.
+// 2 · rows · cols · count flops (half for `lower`); q comes from L1 and p from L2 if a panel of 2 kPanel columns fits
+// L1. The order of the sum over k is fixed; its rounding depends on the instruction set (fused or separate
+// multiply-add).
+template <class E, class A>
+struct PanelProduct {
+  Panels<E> p, q;
+  int64_t count, rows, cols;
+  A* c;
+  int64_t stride;
+  bool add;
+  Part part;
+};
+template <class E, class A>
+void panel_product(int set, const PanelProduct<E, A>& args);
 
 }  // namespace sst

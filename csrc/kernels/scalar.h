@@ -46,9 +46,7 @@ SST_HOST_DEVICE inline uint32_t bits_from_float(float value) {
 
 SST_HOST_DEVICE inline float widen(float x) { return x; }
 SST_HOST_DEVICE inline double widen(double x) { return x; }
-SST_HOST_DEVICE inline float widen(BFloat16 x) {
-  return float_from_bits(static_cast<uint32_t>(x.bits) << 16);
-}
+SST_HOST_DEVICE inline float widen(BFloat16 x) { return float_from_bits(static_cast<uint32_t>(x.bits) << 16); }
 
 // Exact for every half, NaN and subnormals included. Two candidates and a mask, no branch, so that
 // loops vectorise: normals are rebiased by a product with 2^-112, subnormals by a subtraction of
@@ -59,12 +57,10 @@ SST_HOST_DEVICE inline float widen(Half x) {
 #else
   const uint32_t word = static_cast<uint32_t>(x.bits) << 16;
   const uint32_t twice = word + word;
-  const uint32_t normal =
-      bits_from_float(float_from_bits((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f);
+  const uint32_t normal = bits_from_float(float_from_bits((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f);
   const uint32_t subnormal = bits_from_float(float_from_bits((twice >> 17) | (126u << 23)) - 0.5f);
   const uint32_t is_subnormal = -static_cast<uint32_t>(twice < (1u << 27));
-  return float_from_bits((word & 0x80000000u) | (subnormal & is_subnormal) |
-                         (normal & ~is_subnormal));
+  return float_from_bits((word & 0x80000000u) | (subnormal & is_subnormal) | (normal & ~is_subnormal));
 #endif
 }
 

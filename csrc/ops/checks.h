@@ -7,6 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels/scalar.h"
 
@@ -26,7 +27,7 @@ template <class... Parts>
 // An argument with the names it has in messages.
 struct Argument {
   const char* op;
-  const char* name;
+  std::string name;
   const Tensor& tensor;
 };
 
@@ -49,8 +50,8 @@ void check_unit_stride(const Argument& x);
 Batch flatten_batch(const Argument& x, int64_t trailing);
 // No two elements at one address.
 void check_no_self_overlap(const Argument& x);
-// `written` shares no memory range with `read`.
-void check_apart(const Argument& written, const Argument& read);
+// No memory range of `written` meets another of `written` or one of `read`.
+void check_apart(const std::vector<Argument>& written, const std::vector<Argument>& read);
 
 inline ScalarType accumulator_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

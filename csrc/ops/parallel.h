@@ -1,20 +1,24 @@
-// torch's CPU threads for the kernels, which take a range of their units of work.
+// torch's CPU threads for the kernels, which take their units of work from a common counter.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
 
 #include "kernels/schedule.h"
 
 namespace sst {
 
-// body(Range) over [0, units), `flops` being the cost of them all; a thread gets a million or more,
-// below which starting it costs more than it saves.
+// body(next) on one or more threads at once, `work` being the cost of all units in flops or bytes: a thread is worth
+// starting for a million of them.
 template <class Body>
-void parallel(int64_t units, int64_t flops, const Body& body) {
-  constexpr int64_t least_flops = 1 << 20;
-  const int64_t chunks = flops / least_flops + 1;
-  torch::stable::parallel_for(0, units, ceil_div(units, chunks),
-                              [&](int64_t begin, int64_t end) { body(Range{begin, end}); });
+void parallel(int64_t units, int64_t work, const Body& body) {
+  constexpr int64_t least_work = 1 << 20;
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min({int64_t{torch::stable::get_num_threads()}, units, work / least_work + 1});
+  if (threads <= 1) return body(next);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(next); });
 }
 
 }  // namespace sst

@@ -6,8 +6,7 @@
 #include <stdexcept>
 
 // Weak: absent from a CPU-only torch, beside which a module built with CUDA must still load.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                            void** stream);
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace sst {
 

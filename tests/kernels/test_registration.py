@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sst_kernels import khatri_rao_rows, syrk_accumulate_
+from sst_kernels import grouped_syrk_accumulate_, khatri_rao_rows, kron_accumulate_, symmetrize_, syrk_accumulate_
 
-KHATRI_RAO = torch.ops.sst_kernels.khatri_rao_rows.default
-SYRK = torch.ops.sst_kernels.syrk_accumulate_.default
+OPS = torch.ops.sst_kernels
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -21,14 +20,31 @@ def test_opcheck(weighted: bool, dtype: torch.dtype, device: torch.device, accum
     a, b = (torch.randn(12, r, device=device).to(dtype) for r in (5, 3))
     weight = torch.rand(12, device=device).to(wide) if weighted else None
     cu = torch.tensor([0, 4, 12], device=device)
-    torch.library.opcheck(KHATRI_RAO, (a, b, cu, weight))
-    S = torch.zeros(5, 5, device=device, dtype=wide)
-    torch.library.opcheck(SYRK, (S, a, weight, 0.5, 2.0), {"precision": "tf32"})
+    A, G, F = (torch.zeros(n, n, device=device, dtype=wide) for n in (5, 3, 15))
+    P = torch.zeros(15, device=device, dtype=wide)
+    counts = torch.zeros(2, device=device, dtype=torch.float64)
+    some = None if weight is None else [weight, weight]
+    for op, arguments in [
+        (OPS.khatri_rao_rows, (a, b, cu, weight)),
+        (OPS.syrk_accumulate_, (A, a, weight, 0.5, 2.0)),
+        (OPS.syrk_accumulate_, (P, a, weight)),
+        (OPS.grouped_syrk_accumulate_, ([A, G], [a, b], some, 0.5, 2.0)),
+        (OPS.kron_accumulate_, (A, G, counts, a, b, weight, 0.5, 2.0)),
+        (OPS.khatri_rao_syrk_accumulate_, (F, a, b, cu, weight, 0.5, 2.0)),
+        (OPS.symmetrize_, (A,)),
+        (OPS.pack_lower, (A,)),
+        (OPS.unpack_lower, (P,)),
+    ]:
+        torch.library.opcheck(op.default, arguments)
 
 
 def step(S: Tensor, a: Tensor, b: Tensor, cu: Tensor) -> Tensor:
     syrk_accumulate_(S, a * 2, alpha=0.5)
-    return khatri_rao_rows(a, b, cu) + S.sum()
+    G, counts = S.new_zeros(3, 3), S.new_zeros(2, dtype=torch.float64)
+    kron_accumulate_(S, G, counts, a, b)
+    grouped_syrk_accumulate_([S, G], [a, b], alpha=3.0)
+    symmetrize_(S)
+    return khatri_rao_rows(a, b, cu) + S.sum() + G.sum() + counts.sum()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -68,6 +84,13 @@ def test_khatri_rao_refuses_gradients(name: str, device: torch.device) -> None:
         assert not khatri_rao_rows(**arguments).requires_grad
 
 
+def test_lists_refuse_gradients(device: torch.device) -> None:
+    S, X = torch.zeros(3, 3, device=device), torch.ones(4, 3, device=device)
+    with pytest.raises(ValueError, match="grouped_syrk_accumulate_: X requires a gradient"):
+        grouped_syrk_accumulate_([S, S.clone()], [X, X.clone().requires_grad_()])
+    assert not S.any()
+
+
 def test_syrk_refuses_gradients(device: torch.device) -> None:
     S, X = torch.zeros(3, 3, device=device), torch.ones(4, 3, device=device, requires_grad=True)
     with pytest.raises(ValueError, match=r"X requires a gradient.*pass X\.detach\(\)"):
@@ -88,7 +111,7 @@ def test_in_place_update_is_seen_by_autograd(device: torch.device) -> None:
     S, X = torch.ones(3, 3, device=device), torch.ones(4, 3, device=device)
     x = torch.ones(3, 3, device=device, requires_grad=True)
     y = (x * S).sum()  # saves S
-    syrk_accumulate_(S, X)
+    grouped_syrk_accumulate_([S], [X])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
 

@@ -1,14 +1,19 @@
 // The CPU kernels against plain loops, without torch, so that sanitizers see all of it: every
 // buffer ends where its data end. Inputs are small integers, so float32 sums are exact and compared
 // by ==.
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <vector>
 
+#include "kernels/counts.h"
 #include "kernels/khatri_rao.h"
 #include "kernels/panel.h"
 #include "kernels/syrk.h"
+#include "kernels/tile.h"
+#include "kernels/triangle.h"
 
 namespace {
 
@@ -78,25 +83,72 @@ void test_triangle_block() {
   }
 }
 
+// 64-byte aligned, ending where its elements end.
+template <class E>
+struct Aligned {
+  explicit Aligned(int64_t count) : data(static_cast<E*>(::operator new(count * sizeof(E), std::align_val_t(64)))) {}
+  ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
+  E* data;
+};
+
+// Packed blocks multiplied by every instruction set: all widths up to two panels and a bit, tokens picked by weight,
+// all of a tile or its lower triangle.
+template <class T>
+void test_blocks(const std::vector<Accumulator<T>>& weight) {
+  using A = Accumulator<T>;
+  const int64_t tokens = static_cast<int64_t>(weight.size());
+  const TokenBlock<A> block = select_tokens(weight.data(), {0, tokens});
+  for (int64_t cols = 1; cols < 3 * kPanel; cols += 5) {
+    const int64_t width = ceil_div(cols, kPanel) * kPanel;
+    const auto x = random_integers<T>(tokens * cols);
+    Aligned<A> p(width / kPanel * kPanelStride), q(width / kPanel * kPanelStride), c(width * width);
+    const Rows<T> rows{x.data(), cols, cols};
+    pack_block(rows, block, true, p.data);
+    pack_block(rows, block, false, q.data);
+    for (bool diagonal : {false, true}) {
+      for (int64_t k = 0; k < width * width; ++k) c.data[k] = A(5);
+      multiply_block<T>(p.data, q.data, block, TileSum<A>{c.data, width, width, width, diagonal}, true);
+      for (int64_t i = 0; i < cols; ++i) {
+        for (int64_t j = 0; j < (diagonal ? i + 1 : cols); ++j) {
+          A sum = A(5);
+          for (int64_t t = 0; t < tokens; ++t) sum += weight[t] * widen(x[t * cols + i]) * widen(x[t * cols + j]);
+          expect(c.data[i * width + j] == sum, "multiply_block");
+        }
+      }
+    }
+  }
+}
+
+// The products of packed panels by every set that this machine supports.
 template <class A>
 void test_panel_product() {
   for (int set = 0; set < kNumInstructionSets; ++set) {
     if (!kInstructionSets[set].supported()) continue;
     for (int64_t count : {0, 1, 37}) {
-      std::vector<PanelRow<A>> p(count), q(count);
-      for (auto* panel : {&p, &q}) {
-        for (auto& row : *panel) {
-          for (A& x : row.value) x = static_cast<A>(small_integer());
-        }
+      constexpr int64_t panels = 3, width = panels * kPanel, stride = width + 3;
+      Aligned<A> p(panels * kPanelStride), q(panels * kPanelStride);
+      for (int64_t k = 0; k < panels * kPanelStride; ++k) {
+        p.data[k] = static_cast<A>(small_integer());
+        q.data[k] = static_cast<A>(small_integer());
       }
-      constexpr int64_t stride = kPanel + 3;
       for (bool add : {false, true}) {
-        std::vector<A> c(kPanel * stride, A(5));
-        panel_product(set, p.data(), q.data(), count, c.data(), stride, add);
-        for (int64_t i = 0; i < kPanel; ++i) {
+        std::vector<A> c(width * stride, A(5));
+        panel_product(set, PanelProduct<A, A>{.p = {p.data, kPanel, kPanelStride},
+                                              .q = {q.data, kPanel, kPanelStride},
+                                              .count = count,
+                                              .rows = width,
+                                              .cols = width,
+                                              .c = c.data(),
+                                              .stride = stride,
+                                              .add = add,
+                                              .part = Part::all});
+        for (int64_t i = 0; i < width; ++i) {
           for (int64_t j = 0; j < stride; ++j) {
-            A sum = add || j >= kPanel ? A(5) : A(0);
-            for (int64_t k = 0; j < kPanel && k < count; ++k) sum += p[k].value[i] * q[k].value[j];
+            A sum = add || j >= width ? A(5) : A(0);
+            const auto at = [](const A* data, int64_t k, int64_t col) {
+              return data[col / kPanel * kPanelStride + k * kPanel + col % kPanel];
+            };
+            for (int64_t k = 0; j < width && k < count; ++k) sum += at(p.data, k, i) * at(q.data, k, j);
             expect(c[i * stride + j] == sum, kInstructionSets[set].name);
           }
         }
@@ -105,29 +157,12 @@ void test_panel_product() {
   }
 }
 
-// Every width up to two panels and a bit, tokens picked by weight.
-template <class T>
-void test_pack_panels() {
-  using A = Accumulator<T>;
-  const std::vector<A> weight = {1, 0, -2, 3, 0};
-  const TokenBlock<A> block = select_tokens(weight.data(), {0, 5});
-  expect(block.count == 3 && block.token[2] == 3 && block.weight[1] == A(-2), "select_tokens");
-  for (int set = 0; set < kNumInstructionSets; ++set) {
-    if (!kInstructionSets[set].supported()) continue;
-    for (int64_t cols = 0; cols < 2 * kPanel + 3; ++cols) {
-      const auto x = random_integers<T>(5 * cols);
-      std::vector<PanelRow<A>> panels(ceil_div(cols, kPanel) * kTokens);
-      pack_panels(set, Rows<T>{x.data(), cols, cols}, block, true, panels.data());
-      for (int64_t j = 0; j < ceil_div(cols, kPanel) * kPanel; ++j) {
-        for (int64_t k = 0; k < block.count; ++k) {
-          const A expected =
-              j < cols ? block.weight[k] * widen(x[block.token[k] * cols + j]) : A(0);
-          expect(panels[j / kPanel * kTokens + k].value[j % kPanel] == expected,
-                 kInstructionSets[set].name);
-        }
-      }
-    }
-  }
+void test_select_tokens() {
+  const std::vector<float> weight = {1, 0, -2, 3, 0};
+  const TokenBlock<float> some = select_tokens(weight.data(), {0, 5});
+  expect(some.count == 3 && some.token[2] == 3 && some.weight[1] == -2 && !some.ones && !some.contiguous, "selected");
+  const TokenBlock<float> all = select_tokens<float>(nullptr, {7, 9});
+  expect(all.count == 2 && all.token[0] == 7 && all.ones && all.contiguous, "all tokens");
 }
 
 template <class T, class Index>
@@ -144,8 +179,8 @@ void test_khatri_rao(int64_t tokens, int64_t r_a, int64_t r_b, const std::vector
                           tokens,
                           sequences,
                           out.data()};
-  khatri_rao_rows_cpu(args, {0, sequences / 2});
-  khatri_rao_rows_cpu(args, {sequences / 2, sequences});
+  std::atomic<int64_t> next{0};
+  khatri_rao_rows_cpu(args, next);
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t begin = clamp(offsets[s], 0, tokens), end = clamp(offsets[s + 1], 0, tokens);
     for (int64_t i = 0; i < r_b; ++i) {
@@ -161,26 +196,44 @@ void test_khatri_rao(int64_t tokens, int64_t r_a, int64_t r_b, const std::vector
 }
 
 template <class T>
-void test_syrk(int64_t batch, int64_t tokens, int64_t d) {
+void run_syrk(const Syrk<T>& product, TriangleSchedule schedule) {
+  using A = Accumulator<T>;
+  std::atomic<int64_t> next{0};
+  if (schedule.d <= kSyrkNarrow) {
+    const GroupTotals totals = schedule_syrk_cpu(&schedule, 1);
+    std::vector<A> workspace(totals.workspace);
+    const SyrkGroup<T> group{&product, &schedule, 1, workspace.data(), totals};
+    syrk_units_cpu(group, next);
+    next = 0;
+    if (totals.workspace > 0) syrk_sum_cpu(group, next);
+    return;
+  }
+  for (const auto& cohort : syrk_cohorts_cpu(&product, &schedule, 1)) {
+    Aligned<A> workspace(cohort.workspace);
+    for (int64_t step = 0; step < cohort.steps; ++step) {
+      next = 0;
+      syrk_pack_cpu(cohort, step, workspace.data, next);
+      next = 0;
+      syrk_multiply_cpu(cohort, step, workspace.data, next);
+    }
+  }
+}
+
+template <class T>
+void test_syrk(int64_t batch, int64_t tokens, int64_t d, bool weighted) {
   using A = Accumulator<T>;
   const auto x = random_integers<T>(batch * tokens * d);
-  const auto weight = random_integers<A>(batch * tokens);
+  const auto weight = weighted ? random_integers<A>(batch * tokens) : std::vector<A>(batch * tokens, A(1));
   const auto before = random_integers<A>(batch * d * d);
   auto s = before;
-  const Syrk<T> args{.s = s.data(),
-                     .s_batch_stride = d * d,
-                     .s_row_stride = d,
-                     .x = {x.data(), d, d},
-                     .x_batch_stride = tokens * d,
-                     .weight = weight.data(),
-                     .weight_batch_stride = tokens,
-                     .batch = batch,
-                     .tokens = tokens,
-                     .alpha = A(2),
-                     .beta = A(-1)};
-  const int64_t blocks = syrk_blocks_cpu(args), middle = blocks / 3;
-  syrk_accumulate_cpu(args, {0, middle});
-  syrk_accumulate_cpu(args, {middle, blocks});
+  run_syrk(Syrk<T>{.s = {s.data(), d * d, d},
+                   .x = {x.data(), d, d},
+                   .x_batch_stride = tokens * d,
+                   .weight = weighted ? weight.data() : nullptr,
+                   .weight_batch_stride = tokens,
+                   .alpha = A(2),
+                   .beta = A(-1)},
+           {.members = batch, .d = d, .tokens = tokens});
   for (int64_t m = 0; m < batch; ++m) {
     for (int64_t i = 0; i < d; ++i) {
       for (int64_t j = 0; j < d; ++j) {
@@ -195,16 +248,62 @@ void test_syrk(int64_t batch, int64_t tokens, int64_t d) {
   }
 }
 
+template <class A>
+void test_triangle(int64_t batch, int64_t d) {
+  const auto values = random_integers<A>(batch * d * d);
+  auto square = values;
+  std::vector<A> packed(batch * triangle_count(d)), back(batch * d * d);
+  const auto run = [&](std::vector<A>& s, TriangleCopy what) {
+    std::atomic<int64_t> next{0};
+    const bool alone = what == TriangleCopy::symmetrize;
+    copy_triangle_cpu(
+        Triangle<A>{s.data(), d * d, d, alone ? nullptr : packed.data(), alone ? 0 : triangle_count(d), batch, d}, what,
+        next);
+  };
+  run(square, TriangleCopy::pack);
+  expect(square == values, "pack leaves the square");
+  run(square, TriangleCopy::symmetrize);
+  run(back, TriangleCopy::unpack);
+  for (int64_t m = 0; m < batch; ++m) {
+    for (int64_t i = 0; i < d; ++i) {
+      for (int64_t j = 0; j <= i; ++j) {
+        const int64_t at = m * d * d + i * d + j, mirrored = m * d * d + j * d + i;
+        expect(packed[m * triangle_count(d) + triangle_count(i) + j] == values[at], "pack");
+        expect(square[at] == values[at] && square[mirrored] == values[at], "symmetrize");
+        expect(back[at] == values[at] && back[mirrored] == values[at], "unpack");
+      }
+    }
+  }
+}
+
+void test_counts() {
+  const std::vector<float> weight = {1, 0, 0.5f};
+  double counts[2] = {2, NAN};
+  add_counts_cpu(Counts<float>{counts, weight.data(), 3, 1.0});
+  expect(counts[0] == 3.5 && std::isnan(counts[1]), "counts");
+  add_counts_cpu(Counts<float>{counts, nullptr, 3, 0.0});
+  expect(counts[0] == 3 && counts[1] == 3, "counts overwritten");
+}
+
 template <class T>
 void test_ops() {
-  test_pack_panels<T>();
+  using A = Accumulator<T>;
+  test_blocks<T>({1, 0, -2, 3, 0, 2, 1});
+  test_blocks<T>({1, 0, 1, 1, 0, 1});
   test_khatri_rao<T, int64_t>(300, 17, 35, {0, 5, 5, 290, 300});
+  test_khatri_rao<T, int64_t>(9, 300, 20, {0, 9});
   test_khatri_rao<T, int32_t>(10, 16, 16, {-4, 3, 1, 99, 200});
   test_khatri_rao<T, int64_t>(0, 3, 3, {0, 0});
   test_khatri_rao<T, int64_t>(4, 0, 3, {0, 4});
-  test_syrk<T>(3, 300, 37);
-  test_syrk<T>(1, 0, 5);
-  test_syrk<T>(2, 9, 1);
+  for (bool weighted : {false, true}) {
+    test_syrk<T>(3, 300, 37, weighted);
+    test_syrk<T>(1, 2500, 16, weighted);  // direct, split
+    test_syrk<T>(1, 0, 5, weighted);
+    test_syrk<T>(2, 9, 1, weighted);
+    test_syrk<T>(2, 1200, 273, weighted);  // wide, two steps
+    test_syrk<T>(1, 0, 300, weighted);
+  }
+  test_triangle<A>(2, 70);
 }
 
 }  // namespace
@@ -212,8 +311,10 @@ void test_ops() {
 int main() {
   test_half();
   test_triangle_block();
+  test_select_tokens();
   test_panel_product<float>();
   test_panel_product<double>();
+  test_counts();
   test_ops<Half>();
   test_ops<BFloat16>();
   test_ops<float>();

@@ -1,0 +1,198 @@
+// A block of threads (kernels/block.h) on the host, with the semantics of the PTX ISA, that checks what a device would
+// not tell: reads of unwritten shared memory, accesses that no barrier orders, accesses outside, bank conflicts.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "check.h"
+#include "kernels/block_mma.h"
+
+namespace sst {
+
+class EmulatedBlock {
+ public:
+  EmulatedBlock(int threads, int shared_bytes, bool backwards)
+      : threads_(threads), backwards_(backwards), shared_(shared_bytes, '\xFF'), words_(shared_bytes / 4) {}
+
+  // Extra wavefronts: how often an access of 16 bytes a thread took more than one for each quarter of a warp.
+  int64_t vector_conflicts = 0, matrix_conflicts = 0, vector_accesses = 0, matrix_accesses = 0;
+
+  template <class T>
+  class Each {
+   public:
+    Each() : values_(256) { std::memset(static_cast<void*>(values_.data()), 0xFF, values_.size() * sizeof(T)); }
+    T& operator[](int t) { return values_[t]; }
+    const T& operator[](int t) const { return values_[t]; }
+
+   private:
+    std::vector<T> values_;
+  };
+
+  // Threads one after another, in either direction: a result that depends on it lacks a barrier.
+  template <class F>
+  void each(F f) {
+    accesses_.assign(threads_, {});
+    for (int i = 0; i < threads_; ++i) f(backwards_ ? threads_ - 1 - i : i);
+    count_conflicts();
+  }
+  void barrier() { ++epoch_; }
+  template <class F>
+  bool barrier_any(F f) {
+    bool any = false;
+    for (int t = 0; t < threads_; ++t) any = f(t) || any;
+    barrier();
+    return any;
+  }
+
+  template <class V>
+  V load(int t, int at) {
+    note(t, at, sizeof(V), false);
+    return copy<V>(at);
+  }
+  template <class V>
+  void store(int t, int at, const V& value) {
+    note(t, at, sizeof(V), true);
+    std::memcpy(shared_.data() + at, &value, sizeof value);
+  }
+
+  // ldmatrix .x4 .trans: register m of a lane holds column lane / 4, rows 2 (lane % 4) and the next, of matrix m, whose
+  // row r lies where lane 8 m + r says.
+  template <class F>
+  void load_transposed(Each<cuda::Registers<4>>& x, F at) {
+    for (int warp = 0; warp < threads_; warp += 32) {
+      for (int m = 0; m < 4; ++m) {
+        std::array<uint16_t, 8> rows[8];
+        std::vector<int> places;
+        for (int r = 0; r < 8; ++r) {
+          const int t = warp + 8 * m + r;
+          check_access(t, at(t), 16, false);
+          rows[r] = copy<std::array<uint16_t, 8>>(at(t));
+          places.push_back(at(t));
+        }
+        matrix_conflicts += wavefronts(places, 16) - 1;
+        ++matrix_accesses;
+        for (int lane = 0; lane < 32; ++lane) {
+          const int r = 2 * (lane % 4), c = lane / 4;
+          x[warp + lane].word[m] = rows[r][c] | static_cast<uint32_t>(rows[r + 1][c]) << 16;
+        }
+      }
+    }
+  }
+
+  // mma: the lanes' registers become matrices, which are multiplied, and the result goes back to the lanes.
+  template <cuda::Format format, class Fragment>
+  void mma(cuda::FormatTag<format>, Each<Fragment>& c, const Each<cuda::Registers<4>>& a,
+           const Each<cuda::Registers<4>>& b, int first) {
+    constexpr int kPerWord = format == cuda::Format::tf32 ? 1 : 2, kDepth = 8 * kPerWord;
+    for (int warp = 0; warp < threads_; warp += 32) {
+      double p[16][kDepth], q[kDepth][8];
+      for (int lane = 0; lane < 32; ++lane) {
+        const int group = lane / 4, k0 = lane % 4 * kPerWord;
+        for (int e = 0; e < kPerWord; ++e) {
+          for (int i = 0; i < 4; ++i) {
+            p[group + i % 2 * 8][k0 + e + i / 2 * (kDepth / 2)] = decode<format>(a[warp + lane].word[i], e);
+          }
+          for (int i = 0; i < 2; ++i) {
+            q[k0 + e + i * (kDepth / 2)][group] = decode<format>(b[warp + lane].word[first + i], e);
+          }
+        }
+      }
+      for (int lane = 0; lane < 32; ++lane) {
+        for (int i = 0; i < 4; ++i) {
+          const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+          double sum = c[warp + lane].value[i];
+          for (int k = 0; k < kDepth; ++k) sum += p[row][k] * q[k][col];
+          c[warp + lane].value[i] = static_cast<float>(sum);
+        }
+      }
+    }
+  }
+
+ private:
+  struct Word {
+    int64_t written = -1, read = -1;  // epochs
+    int writer = 0, reader = 0;       // reader -1: several threads
+  };
+  struct Access {
+    int at, size;
+  };
+
+  template <cuda::Format format>
+  static double decode(uint32_t word, int e) {
+    if (format == cuda::Format::tf32) {
+      expect((word & 0x1FFF) == 0, "tf32 operand is rounded");
+      return float_from_bits(word);
+    }
+    const auto bits = static_cast<uint16_t>(word >> 16 * e);
+    return format == cuda::Format::half ? widen(Half{bits}) : widen(BFloat16{bits});
+  }
+
+  template <class V>
+  V copy(int at) const {
+    V value;
+    std::memcpy(&value, shared_.data() + at, sizeof value);
+    return value;
+  }
+
+  void note(int t, int at, int size, bool write) {
+    check_access(t, at, size, write);
+    accesses_[t].push_back({at, size});
+  }
+
+  void check_access(int t, int at, int size, bool write) {
+    expect(at >= 0 && at % size == 0 && at + size <= static_cast<int>(shared_.size()), "shared memory: place");
+    for (int i = at / 4; i < (at + size) / 4; ++i) {
+      Word& word = words_[i];
+      expect(word.written != epoch_ || word.writer == t, "shared memory: a barrier orders it after the write");
+      if (write) {
+        expect(word.read != epoch_ || word.reader == t, "shared memory: a barrier orders the write after the reads");
+        word.written = epoch_;
+        word.writer = t;
+      } else {
+        expect(word.written >= 0, "shared memory: written before it is read");
+        word.reader = word.read == epoch_ && word.reader != t ? -1 : t;
+        word.read = epoch_;
+      }
+    }
+  }
+
+  // Of one instruction's accesses, by threads that go together: the most different words in a bank.
+  static int wavefronts(const std::vector<int>& places, int size) {
+    std::array<std::vector<int>, 32> banks;
+    for (int at : places) {
+      for (int word = at / 4; word < (at + size) / 4; ++word) {
+        auto& bank = banks[word % 32];
+        if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
+      }
+    }
+    size_t most = 0;
+    for (const auto& bank : banks) most = std::max(most, bank.size());
+    return static_cast<int>(most);
+  }
+
+  // The n-th accesses of the threads of a warp are one instruction; those of 16 bytes go by quarters of a warp.
+  void count_conflicts() {
+    for (int first = 0; first < threads_; first += 8) {
+      for (size_t n = 0;; ++n) {
+        std::vector<int> places;
+        for (int t = first; t < first + 8; ++t) {
+          if (n < accesses_[t].size() && accesses_[t][n].size == 16) places.push_back(accesses_[t][n].at);
+        }
+        if (places.empty()) break;
+        vector_conflicts += wavefronts(places, 16) - 1;
+        ++vector_accesses;
+      }
+    }
+  }
+
+  int threads_;
+  bool backwards_;
+  std::vector<char> shared_;
+  std::vector<Word> words_;
+  int64_t epoch_ = 0;
+  std::vector<std::vector<Access>> accesses_;
+};
+
+}  // namespace sst
