@@ -49,6 +49,7 @@ bench: $(BUILD)
 	$(PYTHON) bench/khatri_rao.py
 	$(PYTHON) bench/syrk.py
 	$(PYTHON) bench/grouped.py --repeats 10
+	$(PYTHON) bench/exact_fisher.py --repeats 10
 	$(PYTHON) bench/accumulation.py --repeats 5
 	$(PYTHON) bench/collection.py --repeats 5
 

@@ -1,5 +1,5 @@
 // What the CUDA kernels say about a block of threads, in a form that compiles for the host too: there a block runs
-// thread after thread (tests/native/test_block.cpp), which shows everything but the instructions themselves.
+// thread after thread (tests/native/test_blocks.cpp), which shows everything but the instructions themselves.
 //
 // A kernel is a function template on Block, written as phases between barriers:
 //     Each<Block, T>                  a T in every thread's registers; value[t] is thread t's
@@ -67,16 +67,16 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Chunk {
     if constexpr (sizeof(T) == 2) {
       uint16_t half;
       memcpy(&half, &value, sizeof half);
-      word[i / 2] = i % 2 ? (word[i / 2] & 0xFFFFu) | static_cast<uint32_t>(half) << 16
-                          : (word[i / 2] & 0xFFFF0000u) | half;
+      word[i / 2] =
+          i % 2 ? (word[i / 2] & 0xFFFFu) | static_cast<uint32_t>(half) << 16 : (word[i / 2] & 0xFFFF0000u) | half;
     } else {
       memcpy(word + i * (sizeof(T) / 4), &value, sizeof value);
     }
   }
 };
 
-// Whether the chunks of a matrix may be read at once: rows of whole chunks, each at an address that is a multiple of the
-// chunk's length. `batch_stride` leads from one member to the next.
+// Whether the chunks of a matrix may be read at once: rows of whole chunks, each at an address that is a multiple of
+// the chunk's length. `batch_stride` leads from one member to the next.
 template <class C, class T>
 SST_HOST_DEVICE bool holds_chunks(const Rows<T>& x, int64_t batch_stride) {
   const auto length = static_cast<uint64_t>(x.stride | batch_stride) * sizeof(T);

@@ -1,11 +1,11 @@
 // Engines of block_tile.h for tensor cores: how a step's operands lie in shared memory, and how warps multiply them.
 //
-// A step's operand is kStep tokens of kTile columns, [k][column], as the matrix lies in memory. A block is 4 warps. Of a
-// 128 × 128 tile each owns a quarter; a smaller tile each owns whole, for a quarter of the step's tokens (a group, see
-// block_tile.h): a lone tile then keeps four warps busy without reading x more than once.
-// A warp's 64 × 64 accumulators take 128 registers a thread. The larger the warp's tile, the fewer bytes it reads from
-// shared memory: a 128 × 128 × 32 step moves 48 KiB there, 384 cycles of 128 bytes, in the 512 cycles that the products
-// take at the tensor cores' rate of 1024 a cycle; with 64 × 32 a warp it would be 512.
+// A step's operand is kStep tokens of kTile columns, [k][column], as the matrix lies in memory. A block is 4 warps. Of
+// a 128 × 128 tile each owns a quarter; a smaller tile each owns whole, for a quarter of the step's tokens (a group,
+// see block_tile.h): a lone tile then keeps four warps busy without reading x more than once. A warp's 64 × 64
+// accumulators take 128 registers a thread. The larger the warp's tile, the fewer bytes it reads from shared memory: a
+// 128 × 128 × 32 step moves 48 KiB there, 384 cycles of 128 bytes, in the 512 cycles that the products take at the
+// tensor cores' rate of 1024 a cycle; with 64 × 32 a warp it would be 512.
 #pragma once
 
 #include "block.h"
@@ -28,8 +28,8 @@ enum class Format { half, bfloat16, tf32 };
 template <Format format>
 struct FormatTag {};
 
-// How elements of T are multiplied as 16-bit numbers: as they are where all weights are 0 or 1 (kPlain), else in passes,
-// each a product of one part of w p by one part of q.
+// How elements of T are multiplied as 16-bit numbers (an infinity, split into parts, becomes NaN): as they are where
+// all weights are 0 or 1 (kPlain), else in passes, each a product of one part of w p by one part of q.
 struct Pass {
   int p, q;
 };

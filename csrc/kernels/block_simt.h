@@ -10,7 +10,8 @@
 
 namespace sst::cuda {
 
-template <class T_, int kTile_, bool symmetric, bool whole, int kPer = kTile_ >= 64 && sizeof(Accumulator<T_>) == 4 ? 8 : 4>
+template <class T_, int kTile_, bool symmetric, bool whole,
+          int kPer = kTile_ >= 64 && sizeof(Accumulator<T_>) == 4 ? 8 : 4>
 struct Simt {
   using T = T_;
   using A = Accumulator<T>;

@@ -188,7 +188,7 @@ constexpr int kTilePitch = Engine::kTile + 8;  // of the tile in shared memory, 
 template <class Engine>
 constexpr int kSharedBytes = Engine::kGroups > 1 && kTilePitch<Engine>* Engine::kTile * sizeof(typename Engine::A) >
                                                         4 * Engine::kOperandBytes
-                                 ? kTilePitch<Engine>* Engine::kTile * sizeof(typename Engine::A)
+                                 ? kTilePitch<Engine> * Engine::kTile * sizeof(typename Engine::A)
                                  : 4 * Engine::kOperandBytes;
 
 // sums = Σ_t w_t p_t q_tᵀ.
@@ -231,9 +231,7 @@ SST_DEVICE void write_own_elements(Block& block, typename Engine::template Sums<
       };
       A old[kBatch][Engine::kCols] = {};
       if (output.beta != 0) visit([&](int r, int c, A& s) { old[r][c] = s; });
-      visit([&](int r, int c, A& s) {
-        s = output.beta * old[r][c] + output.alpha * Engine::at(sums, t, r0 + r, c);
-      });
+      visit([&](int r, int c, A& s) { s = output.beta * old[r][c] + output.alpha * Engine::at(sums, t, r0 + r, c); });
     }
   });
 }

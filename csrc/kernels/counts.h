@@ -1,7 +1,7 @@
 // counts[i] ← β counts[i] + Σ_t w_t for i = 0, 1, or n for null weights: how much a pair of Kronecker factors holds.
 //
 // Layout      counts (2) float64 adjacent; weight (n), adjacent, float or double.
-// CPU         the caller's thread. CUDA: one block of 256 threads; sums in a fixed order. β = 0 overwrites unread.
+// CPU         the caller's thread. CUDA: one block of 1024 threads; sums in a fixed order. β = 0 overwrites unread.
 // Cost        reads n elements. Sums in float64: deterministic.
 // Reference   sst_kernels/reference.py, kron_accumulate_.
 #pragma once

@@ -1,5 +1,4 @@
 #include "khatri_rao_block.h"
-
 #include "launch.cuh"
 
 namespace sst {
@@ -28,9 +27,8 @@ void run(const KhatriRao<typename Engine::T>& args, cudaStream_t stream) {
 
 template <class T>
 void khatri_rao_rows_cuda(const KhatriRao<T>& args, void* stream) {
-  visit_khatri_rao_engine(args, [&](auto engine) {
-    run<typename decltype(engine)::type>(args, static_cast<cudaStream_t>(stream));
-  });
+  visit_khatri_rao_engine(
+      args, [&](auto engine) { run<typename decltype(engine)::type>(args, static_cast<cudaStream_t>(stream)); });
 }
 
 template void khatri_rao_rows_cuda(const KhatriRao<Half>&, void*);

@@ -6,11 +6,9 @@
 //             overwritten whole; the caller owns all memory.
 // Sequences   tokens [offsets[s], offsets[s+1]), clamped into [0, tokens); decreasing means empty.
 // CPU         a thread owns a sequence; scratch about 1 MiB a thread (tile.h).
-// CUDA        a block of threads owns a tile of one out[s] (tile.cuh). One launch, no workspace, no host
-// synchronisation. Precision   float32 fused multiply-add (float64 for float64); on the CPU, products of bfloat16 pairs
-// may be used. Determinism every element is summed by one thread in a fixed order: bit-identical between runs, whatever
-// the number
-//             of threads.
+// CUDA        a block of threads owns a tile of one out[s] (block_tile.h). One launch, no workspace, no waiting.
+// Precision   float32 fused multiply-add (float64 for float64); on the CPU, products of bfloat16 pairs may be used.
+// Determinism every element is summed in a fixed order: bit-identical between runs, whatever the number of threads.
 // Cost        2 · tokens · r_a · r_b flops; reads a and b once a tile, writes out once.
 // Reference   sst_kernels/reference.py, khatri_rao_rows.
 #pragma once

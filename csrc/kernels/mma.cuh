@@ -38,23 +38,23 @@ struct Block {
   template <class F>
   __device__ __forceinline__ void load_transposed(Each<Registers<4>>& x, F at) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared + at(static_cast<int>(threadIdx.x))));
-    uint32_t(&w)[4] = x.value.word;
+    uint32_t (&w)[4] = x.value.word;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
                  : "r"(address)
                  : "memory");
   }
 
-#define SST_MMA(SHAPE)                                                                            \
-  asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3])                                            \
-      : "r"(a.value.word[0]), "r"(a.value.word[1]), "r"(a.value.word[2]), "r"(a.value.word[3]),   \
-        "r"(b.value.word[i]), "r"(b.value.word[i + 1]))
+#define SST_MMA(SHAPE)                                                                                                \
+  asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                    \
+      : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3])                                                                \
+      : "r"(a.value.word[0]), "r"(a.value.word[1]), "r"(a.value.word[2]), "r"(a.value.word[3]), "r"(b.value.word[i]), \
+        "r"(b.value.word[i + 1]))
 
   template <Format format, class Fragment>
   __device__ __forceinline__ void mma(FormatTag<format>, Each<Fragment>& c, const Each<Registers<4>>& a,
                                       const Each<Registers<4>>& b, int i) {
-    float(&v)[4] = c.value.value;
+    float (&v)[4] = c.value.value;
     if constexpr (format == Format::half) {
       SST_MMA("m16n8k16.row.col.f32.f16.f16.f32");
     } else if constexpr (format == Format::bfloat16) {

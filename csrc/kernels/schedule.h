@@ -110,8 +110,9 @@ inline GroupTotals schedule_group(TriangleSchedule* parts, int64_t count, int64_
   GroupTotals totals{0, 0, 0};
   for (int64_t i = 0; i < count; ++i) {
     TriangleSchedule& part = parts[i];
-    part.split_tokens = least_tokens * (steps > 1 ? steps : 1);
-    part.splits = part.tokens > part.split_tokens ? ceil_div(part.tokens, part.split_tokens) : 1;
+    part.splits = part.tokens > 0 ? ceil_div(part.tokens, least_tokens * (steps > 1 ? steps : 1)) : 1;
+    part.split_tokens = least_tokens * ceil_div(ceil_div(part.tokens, least_tokens), part.splits);  // of one length
+    part.splits = part.tokens > 0 ? ceil_div(part.tokens, part.split_tokens) : 1;
     part.first_unit = totals.units;
     part.first_sum = totals.sums;
     part.first_partial = totals.workspace;

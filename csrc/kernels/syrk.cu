@@ -54,7 +54,7 @@ void syrk_accumulate_cuda(const SyrkGroup<T>& group, Precision precision, void* 
   });
 }
 
-#define SST_INSTANTIATE(T)                                              \
+#define SST_INSTANTIATE(T)                                                \
   template GroupTotals schedule_syrk_cuda<T>(TriangleSchedule*, int64_t); \
   template void syrk_accumulate_cuda(const SyrkGroup<T>&, Precision, void*);
 SST_INSTANTIATE(Half)

@@ -11,7 +11,7 @@
 //             with several it writes its partial tile to the workspace, and the tiles are then summed in order.
 // CPU         a thread owns a unit (then a tile), in panels of panel.h; scratch about 1 MiB a thread. Wide products go
 //             by slabs (below); their workspace is about 16 MiB, 32 MiB with weights.
-// CUDA        a block of threads owns a unit (then a tile); see syrk.cu.
+// CUDA        a block of threads owns a unit (then some rows of a tile); see syrk_block.h.
 // Precision   half, bfloat16: products exact, sums in float32. float32: fused multiply-add in float32, or on CUDA what
 //             `precision` allows. float64: float64.
 // Determinism every element is summed in an order that depends on the group's shapes and the instruction set alone:

@@ -1,8 +1,11 @@
 // The CUDA kernels of syrk.h, for a block of threads: a unit, and the sum of a split tile's partial tiles.
 //
-// Descriptors travel as kernel parameters: nothing is copied to the device, nothing waits, and a CUDA graph may hold the
-// launches. Parameters may take 4 KiB on every device and driver (32 KiB need CUDA 12.1 and driver 530), which holds 25
-// products; a larger group takes several launches.
+// Launches    one for each engine (block_mma.h, block_simt.h) that the group needs, by tile and alignment, and one for
+//             the sums if there are any. Descriptors travel as kernel parameters: nothing is copied to the device,
+//             nothing waits, and a CUDA graph may hold the launches. Parameters may take 4 KiB on every device and
+//             driver (32 KiB need CUDA 12.1 and driver 530): 25 products; more take several launches.
+// Tiles       16, 32, 64 for products of as many columns, else 128 (float64: 64).
+// Memory      32 KiB of shared memory at most; 255 registers a thread at most, none spilled.
 #pragma once
 
 #include <type_traits>
@@ -14,8 +17,9 @@
 
 namespace sst::cuda {
 
-// A multiprocessor holds two blocks with the largest tiles (64 Ki registers), so that these are two waves of them on the
-// devices of today. A unit of fewer tokens would spend more on its partial tile than on its products.
+// A multiprocessor holds two blocks with the largest tiles (64 Ki registers), so that these are two waves of them on
+// the devices of today. A unit of fewer tokens would spend more on its partial tile than on its products (by
+// arithmetic; not measured).
 constexpr int64_t kSyrkTargetUnits = 512;
 constexpr int64_t kSyrkLeastTokens = 512;
 
@@ -63,9 +67,11 @@ struct SyrkLaunch {
   Accumulator<T>* workspace;
   int64_t count, blocks;  // products; blocks of threads, a unit or some rows of a sum each
 };
+static_assert(sizeof(SyrkLaunch<float>) + sizeof(int64_t) <= 4096 &&
+              sizeof(SyrkLaunch<double>) + sizeof(int64_t) <= 4096);
 
-// Calls launch(SyrkLaunch) until all of a group's products are covered. blocks_of(product, schedule) is how many blocks a
-// product takes, 0 to leave it out; they are counted by `first`.
+// Calls launch(SyrkLaunch) until all of a group's products are covered. blocks_of(product, schedule) is how many blocks
+// a product takes, 0 to leave it out; they are counted by `first`.
 template <class T, class BlocksOf, class Launch>
 void for_each_launch(const SyrkGroup<T>& group, int64_t TriangleSchedule::* first, BlocksOf blocks_of, Launch launch) {
   SyrkLaunch<T> part;
@@ -94,9 +100,7 @@ struct SyrkOutput {
   bool is_partial;
   A alpha, beta;
 
-  SST_DEVICE int width(int r) const {
-    return row0 + r < d ? static_cast<int>(clamp(row0 + r + 1 - col0, 0, tile)) : 0;
-  }
+  SST_DEVICE int width(int r) const { return row0 + r < d ? static_cast<int>(clamp(row0 + r + 1 - col0, 0, tile)) : 0; }
   SST_DEVICE A* row(int r) const { return is_partial ? to.data + r * tile : to.row(member, row0 + r) + col0; }
 };
 
@@ -125,10 +129,11 @@ SST_DEVICE void syrk_unit(Block& block, const SyrkLaunch<typename Engine::T>& la
   const TriangleSchedule::Unit unit = schedule.unit(index - schedule.first_unit);
   Rows<T> x = product.x;
   x.data += unit.member * product.x_batch_stride;
-  const Operands<T> operands{
-      {x, unit.tile.row * Engine::kTile, Engine::kTile}, {x, unit.tile.col * Engine::kTile, Engine::kTile},
-      product.weight ? product.weight + unit.member * product.weight_batch_stride : nullptr, unit.tokens,
-      unit.tile.row == unit.tile.col};
+  const Operands<T> operands{{x, unit.tile.row * Engine::kTile, Engine::kTile},
+                             {x, unit.tile.col * Engine::kTile, Engine::kTile},
+                             product.weight ? product.weight + unit.member * product.weight_batch_stride : nullptr,
+                             unit.tokens,
+                             unit.tile.row == unit.tile.col};
   typename Engine::template Sums<Block> sums;
   accumulate_tile<Engine>(block, operands, sums);
   Accumulator<T>* const partial =

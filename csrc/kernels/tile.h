@@ -1,4 +1,4 @@
-// Tiles of Pᵀ diag(w) Q on the CPU, in a thread's own memory: what syrk and khatri_rao are made of (tile.cuh is the
+// Tiles of Pᵀ diag(w) Q on the CPU, in a thread's own memory: what syrk and khatri_rao are made of (block_tile.h is the
 // CUDA sister).
 #pragma once
 

@@ -5,8 +5,9 @@
 //     unpack       S[i, j], S[j, i] ← P[i (i + 1) / 2 + j]
 // Layout      S (batch, d, d), rows of adjacent elements any distance apart; P (batch, d (d + 1) / 2), members any
 //             distance apart, elements adjacent. S and P do not overlap; the caller owns both.
-// CPU         a thread owns bands of kTriangleBand rows. CUDA: a block owns a 32 × 32 tile, transposed in shared
-// memory. Cost        reads and writes d (d + 1) / 2 elements (unpack writes d²) a member. Exact copies: deterministic.
+// CPU         a thread owns bands of kTriangleBand rows.
+// CUDA        a block of threads owns a 32 × 32 tile, transposed in shared memory.
+// Cost        reads and writes d (d + 1) / 2 elements (unpack writes d²) a member. Exact copies: deterministic.
 // Reference   sst_kernels/reference.py, symmetrize_, pack_lower, unpack_lower.
 #pragma once
 

@@ -1,5 +1,6 @@
-// The CUDA kernel of triangle.h, for a block of threads: it owns a 32 × 32 tile of the lower triangle of one member, and
-// its mirror image, written by rows from shared memory. Rows there are 33 elements apart: a column lies in 32 banks.
+// The CUDA kernel of triangle.h, for a block of threads: it owns a 32 × 32 tile of the lower triangle of one member,
+// and its mirror image, written by rows from shared memory. Rows there are 33 elements apart: a column lies in 32
+// banks.
 #pragma once
 
 #include "block.h"

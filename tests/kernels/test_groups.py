@@ -214,5 +214,7 @@ def test_refusals_name_the_argument_and_write_nothing(op: Callable, arguments: t
 
 
 def test_not_a_tensor_names_its_place() -> None:
+    with pytest.raises(TypeError, match="S must be a list of tensors, got Tensor"):
+        grouped_syrk_accumulate_(torch.zeros(2, 3, 3), torch.zeros(2, 5, 3))
     with pytest.raises(TypeError, match=r"X\[1\] must be a torch\.Tensor, got int"):
         grouped_syrk_accumulate_([S3, S3], [X3, 1])

@@ -14,10 +14,14 @@ namespace sst {
 class EmulatedBlock {
  public:
   EmulatedBlock(int threads, int shared_bytes, bool backwards)
-      : threads_(threads), backwards_(backwards), shared_(shared_bytes, '\xFF'), words_(shared_bytes / 4) {}
+      : threads_(threads),
+        backwards_(backwards),
+        shared_(shared_bytes, '\xFF'),
+        words_(shared_bytes / 4),
+        accesses_(threads) {}
 
   // Extra wavefronts: how often an access of 16 bytes a thread took more than one for each quarter of a warp.
-  int64_t vector_conflicts = 0, matrix_conflicts = 0, vector_accesses = 0, matrix_accesses = 0;
+  int64_t vector_conflicts = 0, matrix_conflicts = 0;
 
   template <class T>
   class Each {
@@ -33,7 +37,7 @@ class EmulatedBlock {
   // Threads one after another, in either direction: a result that depends on it lacks a barrier.
   template <class F>
   void each(F f) {
-    accesses_.assign(threads_, {});
+    for (auto& thread : accesses_) thread.clear();
     for (int i = 0; i < threads_; ++i) f(backwards_ ? threads_ - 1 - i : i);
     count_conflicts();
   }
@@ -64,15 +68,14 @@ class EmulatedBlock {
     for (int warp = 0; warp < threads_; warp += 32) {
       for (int m = 0; m < 4; ++m) {
         std::array<uint16_t, 8> rows[8];
-        std::vector<int> places;
+        Places places;
         for (int r = 0; r < 8; ++r) {
-          const int t = warp + 8 * m + r;
-          check_access(t, at(t), 16, false);
-          rows[r] = copy<std::array<uint16_t, 8>>(at(t));
-          places.push_back(at(t));
+          const int t = warp + 8 * m + r, place = at(t);
+          check_access(t, place, 16, false);
+          rows[r] = copy<std::array<uint16_t, 8>>(place);
+          places.at[places.count++] = place;
         }
-        matrix_conflicts += wavefronts(places, 16) - 1;
-        ++matrix_accesses;
+        matrix_conflicts += wavefronts(places) - 1;
         for (int lane = 0; lane < 32; ++lane) {
           const int r = 2 * (lane % 4), c = lane / 4;
           x[warp + lane].word[m] = rows[r][c] | static_cast<uint32_t>(rows[r + 1][c]) << 16;
@@ -115,15 +118,12 @@ class EmulatedBlock {
     int64_t written = -1, read = -1;  // epochs
     int writer = 0, reader = 0;       // reader -1: several threads
   };
-  struct Access {
-    int at, size;
-  };
-
   template <cuda::Format format>
   static double decode(uint32_t word, int e) {
     if (format == cuda::Format::tf32) {
-      expect((word & 0x1FFF) == 0, "tf32 operand is rounded");
-      return float_from_bits(word);
+      const float value = float_from_bits(word);
+      expect((word & 0x1FFF) == 0 || value != value, "tf32 operand is rounded");
+      return value;
     }
     const auto bits = static_cast<uint16_t>(word >> 16 * e);
     return format == cuda::Format::half ? widen(Half{bits}) : widen(BFloat16{bits});
@@ -138,7 +138,7 @@ class EmulatedBlock {
 
   void note(int t, int at, int size, bool write) {
     check_access(t, at, size, write);
-    accesses_[t].push_back({at, size});
+    if (size == 16) accesses_[t].push_back(at);
   }
 
   void check_access(int t, int at, int size, bool write) {
@@ -158,31 +158,30 @@ class EmulatedBlock {
     }
   }
 
-  // Of one instruction's accesses, by threads that go together: the most different words in a bank.
-  static int wavefronts(const std::vector<int>& places, int size) {
-    std::array<std::vector<int>, 32> banks;
-    for (int at : places) {
-      for (int word = at / 4; word < (at + size) / 4; ++word) {
-        auto& bank = banks[word % 32];
-        if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
-      }
+  // Of accesses of 16 bytes that go together, how many go to one bank at most, counting those to one place as one.
+  struct Places {
+    int at[8], count = 0;
+  };
+  static int wavefronts(const Places& places) {
+    int per_line[8] = {}, most = 0;  // 16 bytes are four banks
+    for (int i = 0; i < places.count; ++i) {
+      const int* const end = places.at + i;
+      if (std::find(places.at, end, *end) != end) continue;
+      most = std::max(most, ++per_line[*end / 16 % 8]);
     }
-    size_t most = 0;
-    for (const auto& bank : banks) most = std::max(most, bank.size());
-    return static_cast<int>(most);
+    return most;
   }
 
   // The n-th accesses of the threads of a warp are one instruction; those of 16 bytes go by quarters of a warp.
   void count_conflicts() {
     for (int first = 0; first < threads_; first += 8) {
       for (size_t n = 0;; ++n) {
-        std::vector<int> places;
+        Places places;
         for (int t = first; t < first + 8; ++t) {
-          if (n < accesses_[t].size() && accesses_[t][n].size == 16) places.push_back(accesses_[t][n].at);
+          if (n < accesses_[t].size()) places.at[places.count++] = accesses_[t][n];
         }
-        if (places.empty()) break;
-        vector_conflicts += wavefronts(places, 16) - 1;
-        ++vector_accesses;
+        if (places.count == 0) break;
+        vector_conflicts += wavefronts(places) - 1;
       }
     }
   }
@@ -192,7 +191,7 @@ class EmulatedBlock {
   std::vector<char> shared_;
   std::vector<Word> words_;
   int64_t epoch_ = 0;
-  std::vector<std::vector<Access>> accesses_;
+  std::vector<std::vector<int>> accesses_;  // places of 16 bytes, by thread
 };
 
 }  // namespace sst

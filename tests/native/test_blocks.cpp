@@ -18,6 +18,13 @@ using namespace sst::cuda;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 bool backwards = false;
 
+template <class T>
+void fill_nan(std::vector<T>& x, int64_t first, int64_t count) {
+  T nan;
+  std::memset(&nan, 0xFF, sizeof nan);  // of every type
+  std::fill_n(x.begin() + first, count, nan);
+}
+
 // f(block) as a block of threads, without bank conflicts.
 template <class F>
 void run_block(int threads, int shared_bytes, F f) {
@@ -103,7 +110,7 @@ struct Case {
       for (A& w : weight) w = w > 0;
     }
     for (size_t t = 0; t < weight.size(); ++t) {
-      if (weight[t] == 0) std::memset(static_cast<void*>(x.data() + t * stride), 0xFF, stride * sizeof(T));  // NaN of every type
+      if (weight[t] == 0) fill_nan(x, t * stride, stride);
     }
     std::vector<bool> lower(batch * size);
     each_lower([&](int64_t, int64_t, int64_t, int64_t at) { lower[at] = true; });
@@ -127,8 +134,13 @@ struct Case {
   double x_at(int64_t m, int64_t t, int64_t j) const { return widen(x[(m * tokens + t) * stride + j]); }
 
   Syrk<T> product() {
-    return {{s.data(), size, row_stride}, {x.data(), stride, d}, tokens * stride, weight.empty() ? nullptr : weight.data(),
-            tokens,                       A(2),                  beta};
+    return {{s.data(), size, row_stride},
+            {x.data(), stride, d},
+            tokens * stride,
+            weight.empty() ? nullptr : weight.data(),
+            tokens,
+            A(2),
+            beta};
   }
 
   // Calls f(what S holds, what it should hold, Σ |w x x|).
@@ -177,13 +189,14 @@ void test_syrk(Precision precision) {
     }
   };
   for (int64_t d : {1, 16, 24, 32, 40, 64}) add(2, 97, d, 0);
-  add(1, 1300, 16, 8);   // in splits
-  add(1, 9000, 3, 1);    // in many
+  add(1, 1300, 16, 8);  // in splits
+  add(1, 9000, 3, 1);   // in many
   add(1, 600, 72, 0);
-  add(2, 45, 136, 8);    // several tiles
+  add(2, 45, 136, 8);  // several tiles
   add(1, 513, 131, 2);
   for (int64_t tokens : {0, 1}) add(1, tokens, 17, 0);
   add(0, 5, 8, 0);
+  for (int i = 0; i < 5; ++i) add(1, 3, 2 + i, 0);  // more of one engine than a launch holds
   add(3, 5, 0, 0);
   run_cases(cases, precision);
   for (const auto& c : cases) {
@@ -221,12 +234,16 @@ void test_khatri_rao(int64_t tokens, int64_t r_a, int64_t r_b, bool weighted, co
   auto a = random_integers<T>(tokens * r_a), b = random_integers<T>(tokens * r_b);
   const auto weight = random_integers<A>(tokens);
   for (int64_t t = 0; weighted && t < tokens; ++t) {
-    if (weight[t] == 0) std::memset(static_cast<void*>(a.data() + t * r_a), 0xFF, r_a * sizeof(T));
+    if (weight[t] == 0) fill_nan(a, t * r_a, r_a);
   }
   const auto sequences = static_cast<int64_t>(offsets.size()) - 1;
   std::vector<A> out(sequences * r_a * r_b, kNaN);
-  const KhatriRao<T> args{{a.data(), r_a, r_a},  {b.data(), r_b, r_b}, weighted ? weight.data() : nullptr,
-                          {offsets.data(), true}, tokens,              sequences,
+  const KhatriRao<T> args{{a.data(), r_a, r_a},
+                          {b.data(), r_b, r_b},
+                          weighted ? weight.data() : nullptr,
+                          {offsets.data(), true},
+                          tokens,
+                          sequences,
                           out.data()};
   visit_khatri_rao_engine(args, [&](auto tag) {
     using Engine = typename decltype(tag)::type;
@@ -268,7 +285,8 @@ void test_triangle(int64_t batch, int64_t d) {
     for (int64_t m = 0; m < batch; ++m) {
       for (int64_t i = 0; i < d; ++i) {
         for (int64_t j = 0; j < stride; ++j) {
-          const int64_t high = std::max(i, j), low = std::min(i, j), in_packed = m * (size + 5) + triangle_count(high) + low;
+          const int64_t high = std::max(i, j), low = std::min(i, j),
+                        in_packed = m * (size + 5) + triangle_count(high) + low;
           A expected = square0[at(m, i, j)];
           if (j < d && what == TriangleCopy::unpack) expected = packed0[in_packed];
           if (j < d && what == TriangleCopy::symmetrize) expected = square0[at(m, high, low)];
@@ -291,9 +309,8 @@ void test_counts(int64_t n, bool weighted, double beta) {
   const double before[2] = {beta == 0 ? kNaN : 5.0, beta == 0 ? kNaN : -7.0};
   double counts[2] = {before[0], before[1]}, sum = weighted ? 0 : static_cast<double>(n);
   for (int64_t t = 0; weighted && t < n; ++t) sum += weight[t];
-  run_block(CountsBlock::kThreads, CountsBlock::kSharedBytes, [&](auto& block) {
-    add_counts(block, Counts<A>{counts, weighted ? weight.data() : nullptr, n, beta});
-  });
+  run_block(CountsBlock::kThreads, CountsBlock::kSharedBytes,
+            [&](auto& block) { add_counts(block, Counts<A>{counts, weighted ? weight.data() : nullptr, n, beta}); });
   for (int i = 0; i < 2; ++i) expect(counts[i] == (beta == 0 ? 0 : beta * before[i]) + sum, "counts");
 }
 

@@ -4,10 +4,10 @@
 #include <atomic>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <new>
 #include <vector>
 
+#include "check.h"
 #include "kernels/counts.h"
 #include "kernels/khatri_rao.h"
 #include "kernels/panel.h"
@@ -18,43 +18,6 @@
 namespace {
 
 using namespace sst;
-
-void expect(bool ok, const char* what) {
-  if (ok) return;
-  std::fprintf(stderr, "FAILED: %s\n", what);
-  std::exit(1);
-}
-
-template <class T>
-T encode(int value) {
-  return static_cast<T>(value);
-}
-template <>
-BFloat16 encode(int value) {
-  const float x = static_cast<float>(value);
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return {static_cast<uint16_t>(bits >> 16)};
-}
-template <>
-Half encode(int value) {
-  constexpr uint16_t magnitudes[] = {0, 0x3C00, 0x4000, 0x4200};
-  const int sign = value < 0 ? 0x8000 : 0;
-  return {static_cast<uint16_t>(sign | magnitudes[std::abs(value)])};
-}
-
-unsigned state = 1;
-int small_integer() {
-  state = state * 1664525u + 1013904223u;
-  return static_cast<int>(state >> 16) % 7 - 3;
-}
-
-template <class T>
-std::vector<T> random_integers(int64_t count) {
-  std::vector<T> values(count);
-  for (T& value : values) value = encode<T>(small_integer());
-  return values;
-}
 
 // Every half against its definition.
 void test_half() {
