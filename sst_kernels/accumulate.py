@@ -19,7 +19,6 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,43 +29,17 @@ from torch.autograd import Variable
 from torch.nn import functional as F
 
 from .collect import CoreBasis, ForwardPass, LayerTaps, uncompiled
-from .factors import Factors
+from .factors import AccumulatorOptions, Factors
 from .labels import counter_uniform, sample_labels
 from .layer_factors import LayerFactors, Rows, sum_dtype
 from .layers import Modules, beyond, gathered_rows, input_rows, leading, model_sum_dtype, select, tied_names, warn_of
-from .layout import TokenLayout
+from .layout import TokenLayout, batch_shape
 from .sharing import InputSharing
 
-_NO_PASS = "loss: no forward pass with gradients ran inside the context; call the model in it first"
-
-
-@dataclass(frozen=True)
-class AccumulatorOptions:
-    """How sums are kept.
-
-    Attributes:
-        decay: ρ of S ← ρ S + new, once for each counted backward pass that reaches a layer; counts likewise, so means
-            need no correction. None: plain sums.
-        every: Tap each `every`-th forward pass with gradients on, the first one included.
-        memory_limit: Bytes of sums on the layers' devices; in the model's order, layers beyond it are summed on the
-            host, through one layer's scratch on the device and a copy per batch. None: no limit.
-        seed: Of the labels that `sampled_loss` draws.
-        share_inputs: Whether layers that always get the same tensor keep one input factor.
-        precision: The least precise arithmetic that will do for float32 rows (`kron_accumulate_`).
-    """
-
-    decay: float | None = None
-    every: int = 1
-    memory_limit: int | None = None
-    seed: int = 0
-    share_inputs: bool = True
-    precision: str = "ieee"
-
-    def __post_init__(self) -> None:
-        if self.decay is not None and not 0 < self.decay < 1:
-            raise ValueError(f"decay must lie between 0 and 1, or be None for plain sums, got {self.decay}")
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
+_NO_PASS = (
+    "loss: no forward pass with gradients ran inside the context, or one without came after it; declare each loss "
+    "right after its forward pass"
+)
 
 
 class FactorAccumulator:
@@ -140,6 +113,8 @@ class FactorAccumulator:
         self._task: int | None = None
         self._counted: list[ForwardPass] = []
         self._arrived: Counter[str] = Counter()
+        self._extra = False  # whether the backward pass that runs is that of `backward`
+        self._left_out: set[str] = set()
 
     def __enter__(self) -> FactorAccumulator:
         self._taps.__enter__()
@@ -199,16 +174,14 @@ class FactorAccumulator:
             The loss, a scalar of float32 or better, declared. Labels are those of `labels.sample_labels`.
 
         Raises:
-            ValueError: The accumulator gathers the empirical Fisher, or nothing was tapped.
+            ValueError: The accumulator gathers the empirical Fisher, the mask does not fit, or nothing was tapped.
         """
         self._require("true", "sampled_loss", "training_loss")
         last = self._taps.current
         if last is None:
             raise ValueError(_NO_PASS)
         layout = last.layout
-        keep = layout.mask if mask is None else mask
-        keep = torch.ones(logits.shape[:-1], device=logits.device) if keep is None else keep
-        keep = keep.to(logits.device).reshape(logits.shape[:-1]) != 0
+        keep = layout.bearing(mask, logits)
         with torch.no_grad():
             sequence, position = self._numbers(layout, logits)
             uniform = counter_uniform(self.options.seed, sequence[keep], position[keep], layout.samples)
@@ -225,17 +198,21 @@ class FactorAccumulator:
 
         Args:
             loss: The scalar, before any scaling of AMP or gradient accumulation.
-            tokens: What the sum was divided by.
+            tokens: What the sum was divided by. A mean over 0 tokens is not counted.
             in_place: Declare the tensor itself, which a loop that is not the caller's goes on with.
 
         Returns:
             The same value, in float32 if it was shorter. Only a backward pass from it is counted.
 
         Raises:
-            ValueError: The accumulator gathers the true Fisher, nothing was tapped, or a loss shorter than float32,
-                whose gradient is rounded, is declared in place.
+            ValueError: The accumulator gathers the true Fisher, nothing was tapped, loss is no scalar or tokens no
+                number of tokens, or a loss shorter than float32, whose gradient is rounded, is declared in place.
         """
         self._require("empirical", "training_loss", "sampled_loss")
+        if loss.numel() != 1:
+            raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}: declare its sum")
+        if not 0 <= tokens < math.inf:
+            raise ValueError(f"tokens must be what the sum of the losses was divided by, 1 for a sum, got {tokens}")
         short = loss.dtype.itemsize < 4
         if in_place and short:
             raise ValueError(f"loss must be float32 or better, got {loss.dtype}: compute it from `logits.float()`")
@@ -245,7 +222,7 @@ class FactorAccumulator:
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """Gathers, as `loss.backward()` would, but touches no `.grad` and computes no gradient of a weight.
 
-        Does nothing if the last forward pass was not tapped.
+        Does nothing if the loss's forward pass was not tapped.
 
         Args:
             loss: A declared loss.
@@ -254,15 +231,14 @@ class FactorAccumulator:
         Raises:
             RuntimeError: A layer was called with gradients off, as reentrant gradient checkpointing does.
         """
-        if not self.tapped:
+        if not loss.requires_grad:
             return
-        if self._taps.current.hidden is not None:
-            raise RuntimeError(
-                f"backward: layer {self._taps.current.hidden!r} was called with gradients off. Under gradient "
-                "checkpointing, use use_reentrant=False or loss.backward(); elsewhere leave it out by `modules`"
-            )
-        with torch.autocast(loss.device.type, enabled=False):  # backward passes run outside
-            torch.autograd.grad(loss, [self._taps.anchor], retain_graph=retain_graph, allow_unused=True)
+        self._extra = True
+        try:
+            with torch.autocast(loss.device.type, enabled=False):  # backward passes run outside
+                torch.autograd.grad(loss, [self._taps.anchor], retain_graph=retain_graph, allow_unused=True)
+        finally:
+            self._extra = False
 
     def begin(self, args: tuple, kwargs: dict) -> ForwardPass | None:
         """`LayerTaps`: a forward pass begins."""
@@ -274,7 +250,7 @@ class FactorAccumulator:
             mask = kwargs.get(described["mask"])
             described["mask"] = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         tapped = self.enabled and self.factors.forwards % self.options.every == 0
-        passing = ForwardPass(tapped, TokenLayout(**described))
+        passing = ForwardPass(tapped, TokenLayout(**described, batch=batch_shape(described["mask"], args, kwargs)))
         self.factors.forwards += 1
         self._open = [other for other in self._open if other() is not None] + [weakref.ref(passing)]
         return passing
@@ -282,7 +258,9 @@ class FactorAccumulator:
     def keep(self, name: str, passing: ForwardPass, x: Tensor, output: Tensor) -> Tensor:
         """`LayerTaps`: x, or x Q_in if that is shorter."""
         spec, module = self.factors.specs[name], self._layers[name]
-        if spec.kind != "conv2d":
+        if spec.kind == "embedding" and passing.layout.one_for_all(x.shape):
+            self._leave_out(name)
+        elif spec.kind != "conv2d":
             passing.layout.check(name, leading(module, x))
         if name not in self.bases or spec.kind == "embedding":
             return x
@@ -290,7 +268,7 @@ class FactorAccumulator:
 
     def gather(self, name: str, passing: ForwardPass, kept: Tensor, delta: Tensor) -> None:
         """`LayerTaps`: δ of one call of a layer has arrived."""
-        if passing.alpha is None:
+        if passing.alpha is None or name in self._left_out:
             return
         self._arrived[name] += 1
         with torch.autocast(delta.device.type, enabled=False):
@@ -316,6 +294,14 @@ class FactorAccumulator:
             self._sharing.update(self.factors, passing.calls)
         if passing.tapped and self.on_output is not None:
             self.on_output(kwargs, output)
+
+    def _leave_out(self, name: str) -> None:
+        """Of a row that a batch uses once for all its sequences, only the sum of their δ is known."""
+        if name not in self._left_out:
+            self._left_out.add(name)
+            self.factors.layers.pop(name, None)
+            self.uncovered.append((f"{name}.weight", "its rows are shared by all sequences of a batch"))
+            warn_of(self.uncovered[-1:])
 
     def _basis_as(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Q_in and Q_out in the layer's dtype, cast once."""
@@ -366,9 +352,14 @@ class FactorAccumulator:
             Variable._execution_engine.queue_callback(self._finish)
         g = float(gradient)
         for passing in passes:
+            if self._extra and passing.hidden is not None:
+                raise RuntimeError(
+                    f"backward: layer {passing.hidden!r} was called with gradients off. Under gradient checkpointing, "
+                    "use use_reentrant=False or loss.backward(); elsewhere leave it out by `modules`"
+                )
             if passing in self._counted:
                 raise ValueError("loss: two declared losses of one forward pass share a backward; give each its own")
-            passing.alpha = (tokens / g) ** 2 if math.isfinite(g) and g != 0 else None
+            passing.alpha = (tokens / g) ** 2 if tokens and g and math.isfinite(g) else None
             self._counted.append(passing)
 
     def _finish(self) -> None:

@@ -278,6 +278,8 @@ class LayerTaps:
         self._eager: torch.compiler.set_stance | None = None
 
     def __enter__(self) -> LayerTaps:
+        if self.installed:
+            raise ValueError("the layers are tapped already, and would count twice; enter the accumulator once")
         self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         for name in self.names:
             module = uncompiled(self.model).get_submodule(name)

@@ -25,6 +25,37 @@ _VERSION = 1
 _METADATA_KEY = "sst_kernels.factors"
 
 
+@dataclass(frozen=True)
+class AccumulatorOptions:
+    """How sums are kept.
+
+    Attributes:
+        decay: ρ of S ← ρ S + new, once for each counted backward pass that reaches a layer; counts likewise, so means
+            need no correction. None: plain sums.
+        every: Tap each `every`-th forward pass with gradients on, the first one included.
+        memory_limit: Bytes of sums on the layers' devices; in the model's order, layers beyond it are summed on the
+            host, through one layer's scratch on the device and a copy per batch. None: no limit.
+        seed: Of the labels that `sampled_loss` draws.
+        share_inputs: Whether layers that always get the same tensor keep one input factor.
+        precision: The least precise arithmetic that will do for float32 rows (`kron_accumulate_`).
+    """
+
+    decay: float | None = None
+    every: int = 1
+    memory_limit: int | None = None
+    seed: int = 0
+    share_inputs: bool = True
+    precision: str = "ieee"
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not 0 < self.decay < 1:
+            raise ValueError(f"decay must lie between 0 and 1, or be None for plain sums, got {self.decay}")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
+        if self.precision not in ("ieee", "tf32", "bf16x3"):
+            raise ValueError(f"precision must be 'ieee', 'tf32' or 'bf16x3', got {self.precision!r}")
+
+
 @dataclass
 class Factors:
     """The sums of all layers, and how they came about.
@@ -187,11 +218,15 @@ class Factors:
         Raises:
             ValueError: The file is none of ours, of another version, or its tensors do not fit its description.
         """
-        with _safetensors().safe_open(path, framework="pt", device=str(device)) as file:
-            text = (file.metadata() or {}).get(_METADATA_KEY)
-            if text is None:
-                raise ValueError(f"path: {path} holds no Kronecker factors (no metadata {_METADATA_KEY!r})")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+        package = _safetensors()
+        try:
+            with package.safe_open(path, framework="pt", device=str(device)) as file:
+                text = (file.metadata() or {}).get(_METADATA_KEY)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+        except package.SafetensorError as error:
+            raise ValueError(f"path: {path} is no safetensors file: {error}") from error
+        if text is None:
+            raise ValueError(f"path: {path} holds no Kronecker factors (no metadata {_METADATA_KEY!r})")
         try:
             return cls.from_state_dict({"metadata": text, "tensors": tensors})
         except ValueError as error:

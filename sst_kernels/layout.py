@@ -6,8 +6,17 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .layer_factors import sum_dtype
+
+
+def batch_shape(mask: Tensor | None, args: tuple, kwargs: dict) -> tuple[int, int] | None:
+    """(B, T) of a forward pass: the mask's shape, else the first two dimensions of the first tensor that has two."""
+    for tensor in tree_leaves((mask, args, kwargs)):
+        if isinstance(tensor, Tensor) and tensor.dim() >= 2:
+            return tensor.shape[0], tensor.shape[1]
+    return None
 
 
 @dataclass
@@ -19,6 +28,7 @@ class TokenLayout:
         cu_seqlens: (S+1,) offsets of packed sequences in the flattened tokens; None: rows are sequences.
         sequences: (S,) numbers of the sequences in their data set; None: not known.
         first: Number given to the first sequence, once labels were drawn.
+        batch: (B, T), sequences and tokens of each, where they are known.
         samples: How many labels were drawn for each position.
         packed: The number of tokens of packed sequences.
         weights: The mask as weights of a layer's rows, by their form.
@@ -27,6 +37,7 @@ class TokenLayout:
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     sequences: Tensor | None = None
+    batch: tuple[int, int] | None = None
     first: int | None = None
     samples: int = 0
     packed: int | None = None
@@ -60,13 +71,50 @@ class TokenLayout:
                     "that see other tokens (routed experts, a vision tower) by `modules`, or do without"
                 )
 
+    def one_for_all(self, lead: torch.Size) -> bool:
+        """Whether rows with these leading dimensions serve all sequences, as those of a position embedding often do."""
+        if self.batch is None or self.batch[0] == 1:
+            return False
+        sequences, tokens = self.batch  # if they are equal, (T,) may as well be one row for each sequence
+        return tuple(lead) == (1, tokens) or (tuple(lead) == (tokens,) and tokens != sequences)
+
+    def mask_of(self, lead: torch.Size) -> Tensor | None:
+        """The mask, or for one row for each sequence which of them have a token that counts."""
+        if self.mask is None or self.mask.dim() != 2 or self.mask.numel() == lead.numel():
+            return self.mask
+        return (self.mask != 0).any(1)
+
+    def bearing(self, mask: Tensor | None, logits: Tensor) -> Tensor:
+        """The positions that bear loss, bool of logits' leading dimensions.
+
+        Args:
+            mask: Those positions; None: those that count in the batch.
+            logits: (..., V).
+
+        Returns:
+            (...) on logits' device.
+
+        Raises:
+            ValueError: The mask has another number of positions.
+        """
+        lead = logits.shape[:-1]
+        mask = self.mask_of(lead) if mask is None else mask
+        if mask is None:
+            return torch.ones(lead, dtype=torch.bool, device=logits.device)
+        if mask.numel() != lead.numel():
+            raise ValueError(
+                f"mask must have the leading dimensions of logits {tuple(logits.shape)}, got {tuple(mask.shape)}: give "
+                "`sampled_loss` the positions that bear loss"
+            )
+        return mask.to(logits.device).reshape(lead) != 0
+
     def weight(self, lead: torch.Size, like: Tensor) -> Tensor | None:
         """(T,) weights of the rows with these leading dimensions, on `like`'s device; None for ones."""
-        if self.mask is None:
+        mask = self.mask_of(lead)
+        if mask is None:
             return None
         key = (tuple(lead), like.device, like.dtype)
         if key not in self.weights:
-            mask = self.mask if self.mask.numel() == lead.numel() else (self.mask != 0).any(1)
             self.weights[key] = mask.reshape(-1).to(like.device, sum_dtype(like.dtype))
         return self.weights[key]
 

@@ -110,12 +110,14 @@ def grouped_syrk_accumulate_(
         deterministic: As in `syrk_accumulate_`.
 
     Raises:
-        TypeError: An element of S, X or weights is not a tensor.
+        TypeError: S, X or weights is no list, or an element of it no tensor.
 
     What does not fit raises ValueError naming the argument and its index, before anything is written.
     Cost: Σ T_i d_i (d_i + 1) flops. The order of sums, not their value, depends on the whole group.
     """
-    for name, tensors in (("S", S), ("X", X), ("weights", weights or ())):
+    for name, tensors in (("S", S), ("X", X), ("weights", () if weights is None else weights)):
+        if not isinstance(tensors, Sequence):
+            raise TypeError(f"grouped_syrk_accumulate_: {name} must be a list of tensors, got {type(tensors).__name__}")
         _require_tensors("grouped_syrk_accumulate_", **{f"{name}[{i}]": t for i, t in enumerate(tensors)})
     if not (S or X or weights):
         return  # without a tensor there is no device to ask
@@ -273,9 +275,6 @@ def unpack_lower(P: Tensor) -> Tensor:
     """
     _require_tensors("unpack_lower", P=P)
     return torch.ops.sst_kernels.unpack_lower.default(P)
-
-
-_OPTIONAL = {"weight", "weights", "mask"}
 
 
 def _require_tensors(op: str, **arguments: Tensor | None) -> None:

@@ -96,7 +96,7 @@ class FactorCallback(TrainerCallback):
         if not path.exists():
             warnings.warn(
                 f"FactorCallback: the run resumes but there is no {path}; the factors go on from what the accumulator "
-                "holds. Set `accumulator.factors = Factors.load(...)` if they are elsewhere",
+                "holds. Call `accumulator.factors.add_(Factors.load(...))` before train() if they are elsewhere",
                 stacklevel=2,
             )
             return

@@ -128,6 +128,15 @@ def test_layers_seen_by_one_part_only_add_up():
     assert_is(empty, every([3]))
 
 
+def test_what_was_added_is_not_changed_later():
+    ours, theirs = factors_of([], names=()), factors_of([3], shared=True)
+    ours.add_(theirs)
+    ours.unshare("k")
+    ours.layers["k"].accumulate_(rows_of("k", 1))
+    assert theirs.shared == {"k": "q"}
+    assert_is(theirs, every([3]))
+
+
 def test_unsharing_copies_the_sum_so_far():
     factors = factors_of([0], shared=True)
     factors.unshare("k")
@@ -190,8 +199,19 @@ def rewritten(path: Path, tensors: dict[str, Tensor] | None = None, **changes: o
     save_file(old | (tensors or {}), path, metadata={"sst_kernels.factors": json.dumps(metadata)})
 
 
+def test_a_failed_save_leaves_nothing_behind(tmp_path):
+    target = tmp_path / "folder"
+    target.mkdir()
+    with pytest.raises(IsADirectoryError):
+        factors_of([0]).save(target)
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "factors.safetensors"
+    path.write_text("no tensors")
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        Factors.load(path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="holds no Kronecker factors"):
         Factors.load(path)

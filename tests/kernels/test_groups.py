@@ -50,6 +50,26 @@ def test_ragged_group_is_exact_on_integers(
     assert all(map(same, S, expected))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_wide_products_of_several_steps_are_exact_on_integers(
+    weighted: bool, integers: Maker, device: torch.device
+) -> None:
+    """The CPU takes 7680 tokens of these two a step: the first product has two steps, the second one."""
+    X = [integers(tokens, 257) for tokens in (7800, 300)]
+    weights = [integers(len(x)) for x in X] if weighted else None
+    if weights:  # whole blocks of tokens that are not read: the first ones, and all
+        for x, w, last in zip(X, weights, (300, 300), strict=True):
+            w[:last], x[:last] = 0, NAN
+    S = [poison(integers(257, 257)) for _ in X]
+    expected = []
+    for i, (s, x) in enumerate(zip(S, X, strict=True)):
+        rows = x.double().nan_to_num(nan=0)
+        part = rows.T @ (rows if weights is None else rows * weights[i].double()[:, None])
+        expected.append(torch.where(s.isnan(), s.double(), -3 * s + 2 * part).cpu())
+    grouped_syrk_accumulate_(S, X, weights, alpha=2.0, beta=-3.0)
+    assert all(map(same, S, expected))
+
+
 def test_empty_group() -> None:
     grouped_syrk_accumulate_([], [])
 
@@ -125,9 +145,10 @@ def test_kron_shared_input_leaves_the_input_factor(integers: Maker, device: torc
     assert same(G, expected[1]) and same(counts, expected[2])
 
 
-def test_kron_takes_strided_tokens(integers: Maker, device: torch.device) -> None:
+@pytest.mark.parametrize("weights", [False, True])
+def test_kron_takes_strided_tokens(weights: bool, integers: Maker, device: torch.device) -> None:
     x, delta = integers(5, 12, 40)[:, ::2, 3:20], integers(5, 6, 9)
-    mask = (integers(6, 5) > 0).T
+    mask = integers(6, 5).T if weights else (integers(6, 5) > 0).T
     factors = (integers(17, 17), integers(9, 9), torch.zeros(2, dtype=torch.float64, device=device))
     expected = reference.kron_accumulate_(factors, x, delta, mask)
     kron_accumulate_(*factors, x, delta, mask)
@@ -173,7 +194,7 @@ def test_khatri_rao_syrk_of_no_sequences_scales(integers: Maker, device: torch.d
 
 S3, X3 = torch.zeros(3, 3), torch.ones(5, 3)
 COUNTS = torch.zeros(2, dtype=torch.float64)
-BUFFER = torch.zeros(100)
+BUFFER, WIDE = torch.zeros(100), torch.zeros(20, dtype=torch.float64)
 SQUARES = [BUFFER[i * 9 : i * 9 + 9].view(3, 3) for i in range(3)]
 
 
@@ -195,6 +216,12 @@ SQUARES = [BUFFER[i * 9 : i * 9 + 9].view(3, 3) for i in range(3)]
         (kron_accumulate_, (S3, SQUARES[0], COUNTS, X3, X3, torch.ones(4)), r"mask must have x's leading dimensions"),
         (kron_accumulate_, (S3, SQUARES[0], COUNTS, X3, X3, torch.ones(5).int()), r"mask must be float32 or bool"),
         (kron_accumulate_, (S3, S3, COUNTS, X3, X3), r"(input|grad)_factor is written in place"),
+        (kron_accumulate_, (WIDE[:9].view(3, 3), S3.double(), WIDE[8:10], X3.double(), X3.double()), r"counts .* with"),
+        (
+            kron_accumulate_,
+            (S3.double(), S3.double(), WIDE[:2], WIDE[:15].view(5, 3), X3.double()),
+            r"counts .* with x",
+        ),
         (kron_accumulate_, (S3, SQUARES[0], COUNTS, X3[0], X3[0]), r"x must be \(…, T, d\)"),
         (khatri_rao_syrk_accumulate_, (S3, X3, X3, torch.tensor([0, 5])), r"F must be \(d, d\) = \(9, 9\) to match g"),
         (khatri_rao_syrk_accumulate_, (torch.zeros(9, 9), X3, X3[:4], torch.tensor([0, 5])), r"b must be \(T, r_b\)"),
@@ -211,6 +238,14 @@ def test_refusals_name_the_argument_and_write_nothing(op: Callable, arguments: t
     with pytest.raises(ValueError, match=rf"^{op.__name__}: .*{message}"):
         op(*arguments, beta=0.0)
     assert all(itertools.starmap(torch.equal, zip(tensors, before, strict=True)))
+
+
+def test_an_input_factor_that_is_left_alone_is_checked_all_the_same() -> None:
+    G, counts = S3.clone(), COUNTS.clone()
+    for A, message in ((torch.zeros(2, 2), r"input_factor must be \(d, d\) = \(3, 3\)"), (G, "must not share memory")):
+        with pytest.raises(ValueError, match=message):
+            kron_accumulate_(A, G, counts, X3, X3, shared_input=True)
+    assert torch.equal(G, S3) and torch.equal(counts, COUNTS)
 
 
 def test_not_a_tensor_names_its_place() -> None:

@@ -263,7 +263,7 @@ void test_ops() {
     test_syrk<T>(1, 2500, 16, weighted);  // direct, split
     test_syrk<T>(1, 0, 5, weighted);
     test_syrk<T>(2, 9, 1, weighted);
-    test_syrk<T>(2, 1200, 273, weighted);  // wide, two steps
+    test_syrk<T>(2, 140, 273, weighted);  // wide
     test_syrk<T>(1, 0, 300, weighted);
   }
   test_triangle<A>(2, 70);
@@ -282,5 +282,7 @@ int main() {
   test_ops<BFloat16>();
   test_ops<float>();
   test_ops<double>();
+  test_syrk<float>(13, 1200, 260, true);  // wide, in two steps
+  test_syrk<BFloat16>(13, 1200, 260, false);
   std::puts("native tests passed");
 }
