@@ -243,4 +243,6 @@ if __name__ == "__main__":
     rank, folder = int(os.environ["RANK"]), Path(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     CASES[sys.argv[1]](rank, folder)
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group, and abort an orderly exit

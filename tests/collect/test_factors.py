@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -251,7 +252,9 @@ def process(rank: int, world: int, folder: str) -> None:
     other = Factors(SPECS, "true" if rank else "empirical")
     with pytest.raises(ValueError, match="fisher is"):
         other.all_reduce()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group, and abort an orderly exit
 
 
 def test_sums_over_processes(tmp_path):
