@@ -9,7 +9,7 @@ namespace sst {
 namespace {
 
 constexpr int64_t kTargetUnits = 64;
-constexpr int64_t kLeastTokens = 8 * kTokens;
+constexpr int64_t kLeastTokens = 4 * kTokens;
 
 // A step has tokens enough that S is seldom read and written, and that threads seldom wait for each other, while what
 // it packs stays near the size of the L3 cache: at least kLeastBlocks blocks of tokens, and as many more as fit.
