@@ -122,9 +122,10 @@ class LayerFactors:
             rows.delta.new_ones(len(rows.delta), dtype=torch.float64) if rows.weight is None else rows.weight.double()
         )
         syrk_accumulate_(self.grad_factor, rows.delta, rows.weight, alpha, beta, precision=precision)
-        self.counts.mul_(beta)[1].add_(weight.sum())
+        total = weight.sum()
+        self.counts.mul_(beta)[1].add_(total)
         if self.input_factor is not None:
-            self.counts[0].add_(weight.sum())
+            self.counts[0].add_(total)
             self.input_factor.mul_(beta).index_add_(0, rows.x, weight)
         return None
 

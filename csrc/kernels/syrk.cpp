@@ -8,6 +8,8 @@ namespace sst {
 
 namespace {
 
+static_assert(kSyrkNarrow == kTileSide);
+
 constexpr int64_t kTargetUnits = 64;
 constexpr int64_t kLeastTokens = 4 * kTokens;
 

@@ -19,7 +19,6 @@ constexpr const char* kOp = "kron_accumulate_";
 // x (…, d) as (T, d): all leading dimensions are tokens.
 Tensor as_tokens(const Argument& x) {
   if (x.tensor.dim() < 2) fail(kOp, ": ", x.name, " must be (…, T, d), got ", shape_of(x.tensor));
-  flatten_batch(x, 1);
   return torch::stable::view(x.tensor, {flatten_batch(x, 1).count, x.tensor.size(-1)});
 }
 
@@ -92,9 +91,9 @@ void kron_accumulate_(const Tensor& input_factor, const Tensor& grad_factor, con
   std::vector<Argument> read{arg_x, arg_delta};
   if (arg_weight) read.push_back(*arg_weight);
   check_apart({input.s, grad.s, arg_counts}, read);
-  check_product(input);
   const Precision allowed = parse_precision(kOp, precision);
   if (shared_input) {
+    check_product(input);
     accumulate_products({grad}, allowed);
   } else {
     accumulate_products({input, grad}, allowed);

@@ -71,7 +71,9 @@ def test_wide_products_of_several_steps_are_exact_on_integers(
 
 
 def test_empty_group() -> None:
-    grouped_syrk_accumulate_([], [])
+    assert grouped_syrk_accumulate_([], []) is None
+    with pytest.raises(ValueError, match=r"X must have one tensor for each of S's 0, got 1"):
+        grouped_syrk_accumulate_([], [torch.ones(2, 2)])
 
 
 def test_group_is_bit_identical_between_runs_and_threads(device: torch.device) -> None:
