@@ -330,7 +330,10 @@ def _refuse_gradients(name: str) -> None:
 
 
 def _in_place(*args: Any, **kwargs: Any) -> None:
-    """What an op that only writes into its arguments does with fake tensors."""
+    """What an op that only writes into its arguments does with fake tensors: a real one among them would be lost."""
+    devices = sorted({str(tensor.device) for value in args for tensor in _tensors(value)})
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {' and '.join(devices)}; move them with .to(device)")
 
 
 for _name in (

@@ -84,6 +84,12 @@ def test_khatri_rao_refuses_gradients(name: str, device: torch.device) -> None:
         assert not khatri_rao_rows(**arguments).requires_grad
 
 
+def test_meta_and_real_tensors_do_not_mix() -> None:
+    S, X = torch.zeros(3, 3), torch.ones(4, 3)
+    with pytest.raises(ValueError, match="all tensors must be on one device, got cpu and meta"):
+        grouped_syrk_accumulate_([S], [X.to("meta")])
+
+
 def test_lists_refuse_gradients(device: torch.device) -> None:
     S, X = torch.zeros(3, 3, device=device), torch.ones(4, 3, device=device)
     with pytest.raises(ValueError, match="grouped_syrk_accumulate_: X requires a gradient"):
