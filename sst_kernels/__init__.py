@@ -20,6 +20,7 @@ from .ops import (
     unpack_lower,
 )
 from .pencil import Pencil
+from .products import symm_thin, symm_thin_pair
 from .result import EigenResult, Status
 from .solve import solve
 
@@ -41,6 +42,8 @@ __all__ = [
     "kron_accumulate_",
     "pack_lower",
     "solve",
+    "symm_thin",
+    "symm_thin_pair",
     "symmetrize_",
     "syrk_accumulate_",
     "unpack_lower",

@@ -329,7 +329,7 @@ def _refuse_gradients(name: str) -> None:
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def _in_place(*args: Any, **kwargs: Any) -> None:
+def _require_one_device(*args: Any, **kwargs: Any) -> None:
     """What an op that only writes into its arguments does with fake tensors: a real one among them would be lost."""
     devices = sorted({str(tensor.device) for value in args for tensor in _tensors(value)})
     if len(devices) > 1:
@@ -343,7 +343,7 @@ for _name in (
     "khatri_rao_syrk_accumulate_",
     "symmetrize_",
 ):
-    torch.library.register_fake(f"sst_kernels::{_name}", _in_place, lib=_library)
+    torch.library.register_fake(f"sst_kernels::{_name}", _require_one_device, lib=_library)
     _refuse_gradients(_name)
 for _name in ("khatri_rao_rows", "pack_lower", "unpack_lower"):
     _refuse_gradients(_name)

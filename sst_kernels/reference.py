@@ -144,3 +144,8 @@ def unpack_lower(P: Tensor) -> Tensor:
     rows = torch.arange(d)
     i, j = torch.maximum(rows[:, None], rows), torch.minimum(rows[:, None], rows)
     return P.double().cpu()[..., i * (i + 1) // 2 + j]
+
+
+def symm_thin(A: Tensor, X: Tensor) -> Tensor:
+    """A X for the symmetric matrix that A's lower triangle holds, float64 on the CPU."""
+    return symmetrize_(A) @ X.double().cpu()

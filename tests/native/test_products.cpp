@@ -1,0 +1,121 @@
+// The products of symmetric matrices with thin blocks against plain loops, on the CPU with several threads and by every
+// instruction set. Small integers, compared by ==; what is not to be read is NaN, every buffer ends where its data end.
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "kernels/symm_thin.h"
+
+namespace {
+
+using namespace sst;
+
+// In every round but the first each block meets at most one other, and over all rounds each pair meets once.
+void test_pairing() {
+  for (int64_t blocks = 1; blocks < 20; ++blocks) {
+    const Pairing pairing{blocks};
+    std::set<std::pair<int64_t, int64_t>> met;
+    for (int64_t round = 1; round < pairing.rounds(); ++round) {
+      std::set<int64_t> busy;
+      for (int64_t index = 0; index < pairing.pairs(); ++index) {
+        const BlockIndex pair = pairing.pair(round, index);
+        expect(pair.col < pair.row && pair.row <= blocks, "a pair is below the diagonal");
+        expect(busy.insert(pair.row).second && busy.insert(pair.col).second, "a block meets one other in a round");
+        if (pair.row < blocks) expect(met.insert({pair.row, pair.col}).second, "a pair meets once");
+      }
+      expect(busy.size() == static_cast<size_t>(2 * pairing.pairs()), "every block takes part in every round");
+    }
+    expect(met.size() == static_cast<size_t>(blocks * (blocks - 1) / 2), "all pairs meet");
+  }
+}
+
+// Matrices and blocks with all they point to; `columns`: X and Y column-major.
+template <class T>
+struct Case {
+  int64_t members, n, m, stride;
+  std::vector<T> a[2], x, y[2];
+  SymmThin<T> product;
+
+  Case(int64_t matrices, int64_t members, int64_t n, int64_t m, bool columns)
+      : members(members), n(n), m(m), stride(n + 1), x(random_integers<T>(members * n * m)) {
+    const int64_t row_stride = columns ? 1 : m, col_stride = columns ? n : 1;
+    product = {.matrices = matrices,
+               .a = {},
+               .x = {x.data(), n * m, row_stride, col_stride},
+               .y = {},
+               .members = members,
+               .n = n,
+               .m = m};
+    for (int64_t k = 0; k < matrices; ++k) {
+      a[k] = random_integers<T>(members * n * stride - 1);
+      for (int64_t i = 0; i < static_cast<int64_t>(a[k].size()); ++i) {
+        if (i % stride > i / stride % n) a[k][i] = NAN;
+      }
+      y[k].assign(members * n * m, NAN);
+      product.a[k] = {a[k].data(), n * stride, stride, 1};
+      product.y[k] = {y[k].data(), n * m, row_stride, col_stride};
+    }
+  }
+
+  void check(const char* what) const {
+    for (int64_t k = 0; k < product.matrices; ++k) {
+      for (int64_t member = 0; member < members; ++member) {
+        for (int64_t i = 0; i < n; ++i) {
+          for (int64_t c = 0; c < m; ++c) {
+            T sum = 0;
+            for (int64_t j = 0; j < n; ++j) {
+              const int64_t row = std::max(i, j), col = std::min(i, j);
+              sum += a[k][(member * n + row) * stride + col] * product.x.at(member, c)[j * product.x.row_stride];
+            }
+            expect(product.y[k].at(member, c)[i * product.y[k].row_stride] == sum, what);
+          }
+        }
+      }
+    }
+  }
+};
+
+// share(next) on three threads at once.
+template <class Share>
+void run_threads(Share share) {
+  std::atomic<int64_t> next{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) threads.emplace_back([&] { share(next); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+template <class T>
+void test_cpu(Case<T> test, int set) {
+  SymmThinCpu<T> plan(test.product, 3, set);
+  std::vector<T> workspace(plan.workspace(), NAN);
+  for (int64_t first = 0; first < test.members; first += plan.members()) {
+    run_threads([&](auto& next) { plan.pack(first, workspace.data(), next); });
+    run_threads([&](auto& next) { plan.multiply(first, workspace.data(), next); });
+  }
+  test.check(kInstructionSets[set].name);
+}
+
+template <class T>
+void test_type() {
+  for (int set = 0; set < kNumInstructionSets; ++set) {
+    if (!kInstructionSets[set].supported()) continue;
+    for (int64_t n : {1, 2, 9, 64, 65, 131}) {
+      for (int64_t m : {1, 4, 7, 8, 17, 31, 33}) test_cpu(Case<T>(1 + n % 2, 2, n, m, m % 2 == 0), set);
+    }
+    test_cpu(Case<T>(2, 1, 530, 3, true), set);
+    test_cpu(Case<T>(1, 40, 70, 20, false), set);  // several cohorts
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_pairing();
+  test_type<float>();
+  test_type<double>();
+  std::puts("product tests passed");
+}
