@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import _library, _require_one_device, _require_tensors
+from .ops import _library, _refuse_gradients, _require_one_device, _require_tensors
 
 
 def symm_thin(A: Tensor, X: Tensor) -> Tensor:
@@ -77,6 +77,12 @@ def _(A: Tensor, B: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_product(X), _empty_product(X)
 
 
+@torch.library.register_fake("sst_kernels::_residual", lib=_library)
+def _(AX: Tensor, BX: Tensor, X: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    _require_one_device(AX, BX, X, theta)
+    return X.new_empty(X.shape), X.new_empty((*X.shape[:-1], 4), dtype=torch.float64)
+
+
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -121,3 +127,4 @@ def _(info: Any, in_dims: tuple[int | None, ...], A: Tensor, B: Tensor, X: Tenso
 
 for _name in ("symm_thin", "symm_thin_pair"):
     torch.library.register_autograd(f"sst_kernels::{_name}", _gradients, setup_context=_save, lib=_library)
+_refuse_gradients("_residual")

@@ -149,3 +149,10 @@ def unpack_lower(P: Tensor) -> Tensor:
 def symm_thin(A: Tensor, X: Tensor) -> Tensor:
     """A X for the symmetric matrix that A's lower triangle holds, float64 on the CPU."""
     return symmetrize_(A) @ X.double().cpu()
+
+
+def residual(AX: Tensor, BX: Tensor, X: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """R = AX − θ BX and ‖r‖², ‖Ax‖², ‖Bx‖², ‖x‖² of every row, float64 on the CPU."""
+    AX, BX, X = (t.double().cpu() for t in (AX, BX, X))
+    R = AX - theta.cpu()[..., None] * BX
+    return R, torch.stack([t.square().sum(-1) for t in (R, AX, BX, X)], -1)

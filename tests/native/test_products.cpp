@@ -1,5 +1,6 @@
-// The products of symmetric matrices with thin blocks against plain loops, on the CPU with several threads and by every
-// instruction set. Small integers, compared by ==; what is not to be read is NaN, every buffer ends where its data end.
+// The products of symmetric matrices with thin blocks, and residuals, against plain loops, on the CPU with several
+// threads and by every instruction set. Small integers, compared by ==; what is not to be read is NaN, every buffer
+// ends where its data end.
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "check.h"
+#include "kernels/residual.h"
 #include "kernels/symm_thin.h"
 
 namespace {
@@ -100,9 +102,33 @@ void test_cpu(Case<T> test, int set) {
 }
 
 template <class T>
+void test_residual(int64_t batch, int64_t rows, int64_t n, int set) {
+  const int64_t stride = n + 3, size = batch * rows * stride;
+  const auto ax = random_integers<T>(size), bx = random_integers<T>(size), x = random_integers<T>(size);
+  const auto theta = random_integers<double>(batch * rows);
+  std::vector<T> r(batch * rows * n, NAN);
+  std::vector<double> norms(batch * rows * kResidualNorms, NAN);
+  const auto vectors = [&](const std::vector<T>& v) { return Vectors<T>{v.data(), rows * stride, stride}; };
+  const Residual<T> args{vectors(ax), vectors(bx), vectors(x), {theta.data(), rows, 1}, r.data(), norms.data(),
+                         batch,       rows,        n};
+  run_threads([&](auto& next) { residual_cpu(args, next, set); });
+  for (int64_t row = 0; row < batch * rows; ++row) {
+    double sums[kResidualNorms] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = row * stride + i;
+      const double values[] = {ax[at] - theta[row] * bx[at], ax[at], bx[at], x[at]};
+      expect(r[row * n + i] == values[0], "residual");
+      for (int k = 0; k < kResidualNorms; ++k) sums[k] += values[k] * values[k];
+    }
+    for (int k = 0; k < kResidualNorms; ++k) expect(norms[row * kResidualNorms + k] == sums[k], "norms of a residual");
+  }
+}
+
+template <class T>
 void test_type() {
   for (int set = 0; set < kNumInstructionSets; ++set) {
     if (!kInstructionSets[set].supported()) continue;
+    for (int64_t n : {0, 1, 16, 37}) test_residual<T>(2, 3, n, set);
     for (int64_t n : {1, 2, 9, 64, 65, 131}) {
       for (int64_t m : {1, 4, 7, 8, 17, 31, 33}) test_cpu(Case<T>(1 + n % 2, 2, n, m, m % 2 == 0), set);
     }
