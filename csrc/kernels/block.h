@@ -7,6 +7,7 @@
 //     block.barrier()                 all threads' shared memory accesses before it happen before those after it
 //     block.barrier_any(f)            the same, and whether f(t) holds for any thread
 //     block.load<V>(t, at), store     thread t's access to a V at byte `at` of shared memory
+//     block.shuffle(t, mask, f)       f(t ^ mask), of a thread of the same warp; all of which take part
 //     block.load_transposed(x, f)     ldmatrix.x4.trans: thread t gives the row at byte f(t), and gets x[t]
 //     block.mma(format, c, a, b, i)   c += a b by the tensor cores, for every warp; b is registers i and i + 1
 // On the device (mma.cuh) `each` calls f once, for the calling thread, and all of it is inlined.

@@ -36,6 +36,11 @@ struct Block {
   }
 
   template <class F>
+  __device__ __forceinline__ auto shuffle(int t, int mask, F f) const {
+    return __shfl_xor_sync(0xFFFFFFFFu, f(t), mask);
+  }
+
+  template <class F>
   __device__ __forceinline__ void load_transposed(Each<Registers<4>>& x, F at) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared + at(static_cast<int>(threadIdx.x))));
     uint32_t (&w)[4] = x.value.word;

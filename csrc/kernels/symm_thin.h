@@ -10,8 +10,10 @@
 //             unit waits until both its blocks have been through all earlier rounds.
 // CPU         a thread owns a unit, and takes units in order. X and Y are held as panels (rows of 4 to 32 columns, one
 //             or two vectors), padded with zero columns: a row of a panel is multiplied by one element of A.
+// CUDA        a block of threads owns a tile and leaves partial products, added in order: symm_thin_block.h.
 // Precision   fused multiply-add in the elements' type.
-// Determinism every element is summed in an order that depends on n, m and the instruction set alone: bit-identical
+// Determinism every element is summed in an order that depends on the shapes and the instruction set alone:
+// bit-identical
 //             between runs, whatever the number of threads.
 // Cost        2 n² m flops a matrix and member; reads half of A; the workspace holds X and the Ys again.
 // Reference   sst_kernels/reference.py, symm_thin.
@@ -86,7 +88,10 @@ class SymmThinCpu {
   std::unique_ptr<std::atomic<int64_t>[]> rounds_done_;
 };
 
-// All of it, in stream order. Throws std::runtime_error if a launch fails. `stream` is a cudaStream_t.
+// CUDA: elements of the workspace, and all of it, in stream order. Throws std::runtime_error if a launch fails.
+// `stream` is a cudaStream_t.
+template <class T>
+int64_t symm_thin_workspace_cuda(const SymmThin<T>& product);
 template <class T>
 void symm_thin_cuda(const SymmThin<T>& product, T* workspace, void* stream);
 

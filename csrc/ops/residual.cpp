@@ -6,6 +6,9 @@
 #include "checks.h"
 #include "kernels/residual.h"
 #include "parallel.h"
+#ifdef SST_WITH_CUDA
+#include "stream.h"
+#endif
 
 namespace sst {
 
@@ -44,7 +47,13 @@ Vectors<T> vectors(const Tensor& x) {
 }
 
 template <class T>
-void run(const Residual<T>& args, const Tensor&) {
+void run(const Residual<T>& args, [[maybe_unused]] const Tensor& on) {
+#ifdef SST_WITH_CUDA
+  if (on.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    return residual_cuda(args, current_stream(on.get_device_index()));
+  }
+#endif
   const int64_t rows = args.batch * args.rows;
   parallel(rows, 4 * rows * args.n * static_cast<int64_t>(sizeof(T)), [&](auto& next) { residual_cpu(args, next); });
 }
@@ -81,3 +90,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sst_kernels, m) {
   m.def("_residual(Tensor AX, Tensor BX, Tensor X, Tensor theta) -> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sst_kernels, CPU, m) { m.impl("_residual", TORCH_BOX(&sst::residual)); }
+#ifdef SST_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(sst_kernels, CUDA, m) { m.impl("_residual", TORCH_BOX(&sst::residual)); }
+#endif

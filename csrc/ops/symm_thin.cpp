@@ -9,6 +9,9 @@
 #include "checks.h"
 #include "kernels/symm_thin.h"
 #include "parallel.h"
+#ifdef SST_WITH_CUDA
+#include "stream.h"
+#endif
 
 namespace sst {
 
@@ -53,6 +56,13 @@ Tensor new_like(const Tensor& x) {
 
 template <class T>
 void run(const SymmThin<T>& product, const Tensor& on) {
+#ifdef SST_WITH_CUDA
+  if (on.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    const Tensor workspace = torch::stable::new_empty(on, {symm_thin_workspace_cuda(product)}, on.scalar_type());
+    return symm_thin_cuda(product, mutable_data<T>(workspace), current_stream(on.get_device_index()));
+  }
+#endif
   SymmThinCpu<T> plan(product, torch::stable::get_num_threads());
   const Tensor workspace = torch::stable::new_empty(on, {plan.workspace()}, on.scalar_type());
   T* const memory = mutable_data<T>(workspace);
@@ -125,3 +135,9 @@ STABLE_TORCH_LIBRARY_IMPL(sst_kernels, CPU, m) {
   m.impl("symm_thin", TORCH_BOX(&sst::symm_thin));
   m.impl("symm_thin_pair", TORCH_BOX(&sst::symm_thin_pair));
 }
+#ifdef SST_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(sst_kernels, CUDA, m) {
+  m.impl("symm_thin", TORCH_BOX(&sst::symm_thin));
+  m.impl("symm_thin_pair", TORCH_BOX(&sst::symm_thin_pair));
+}
+#endif

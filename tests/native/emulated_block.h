@@ -61,6 +61,12 @@ class EmulatedBlock {
     std::memcpy(shared_.data() + at, &value, sizeof value);
   }
 
+  // What f reads must stay as it is while the threads run one after another.
+  template <class F>
+  auto shuffle(int t, int mask, F f) const {
+    return f(t ^ mask);
+  }
+
   // ldmatrix .x4 .trans: register m of a lane holds column lane / 4, rows 2 (lane % 4) and the next, of matrix m, whose
   // row r lies where lane 8 m + r says.
   template <class F>
