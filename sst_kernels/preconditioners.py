@@ -165,7 +165,7 @@ def diagonalized(operator: Kronecker, damping: Tensor | float) -> tuple[EKFAC, T
     """
     alpha, u, left_fault = eigh(operator.left.to_dense())
     beta, w, right_fault = eigh(operator.right.to_dense())
-    entries = alpha[..., :, None] * beta[..., None, :] + torch.as_tensor(damping)[..., None, None]
+    entries = alpha[..., :, None] * beta[..., None, :] + _as_grid(damping, alpha)
     return EKFAC(u, w, entries.to(operator.dtype)), left_fault | right_fault
 
 
@@ -231,6 +231,11 @@ def _raised(entries: Tensor, dims: int) -> Tensor:
     return torch.where(usable, entries.clamp_min(torch.finfo(entries.dtype).eps * largest), 1.0)
 
 
+def _as_grid(damping: Tensor | float, like: Tensor) -> Tensor:
+    """γ (..., 1, 1) on the device of `like`."""
+    return torch.as_tensor(damping, device=like.device)[..., None, None]
+
+
 def _terms(b: Operator) -> tuple[Sequence[Operator], Tensor | float]:
     """Terms and damping of a simplified operator."""
     if isinstance(b, Damped):
@@ -256,7 +261,7 @@ def _in_kronecker_basis(b: Operator, shape: tuple[int, int]) -> EKFAC:
     p, q = _nearest_kronecker(_terms(simplified(b.normalized()[0]))[0])
     (_, u, _), (_, w, _) = eigh(p), eigh(q)
     terms, damping = _terms(b)
-    rotated = sum(_diagonal_in(term, u, w, shape) for term in terms) + torch.as_tensor(damping)[..., None, None]
+    rotated = sum(_diagonal_in(term, u, w, shape) for term in terms) + _as_grid(damping, u)
     rotated, plain = _raised(rotated, 2), _raised(b.diagonal().real.unflatten(-1, shape), 2)
     better = (rotated.log().sum((-2, -1)) <= plain.log().sum((-2, -1)))[..., None, None]
     u, w = (torch.where(better, x, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)) for x in (u, w))

@@ -85,25 +85,25 @@ def right_sides(dtype: torch.dtype) -> dict[str, Operator]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", right_sides(F64))
 @pytest.mark.parametrize("k", [1, 4, 5, 9, 12])
-def test_beside_scipy_for_every_right_side(name, dtype, k):
+def test_beside_scipy_for_every_right_side(move, name, dtype, k):
     """k = 5 is the rank; 9 and 12 are completed by null vectors."""
     b = right_sides(dtype)[name]
     rows = torch.stack([draw(5, 12, seed=8, dtype=dtype), draw(5, 12, seed=9, dtype=dtype)])
-    pencil = Pencil(Scaled(Gram(rows), 3.0), b)
-    result = solve(pencil, k)
+    result = solve(Pencil(move(Scaled(Gram(rows), 3.0)), move(b)), k)
     assert result.method == "gram"
     expected = GOOD if k in (1, 4, 5, 12) else Status.CONVERGED | Status.CLUSTER_AT_K
     assert (result.status == expected).all()
     assert result.values.dtype == dtype.to_real() and result.vectors.dtype == dtype
     double = torch.promote_types(dtype, F64)
+    values, vectors = result.values.double().cpu().numpy(), result.vectors.to("cpu", double)
     for i in range(2):
-        a, bm, v = (x.to(double).numpy() for x in (3 * rows[i].mH @ rows[i] / 5, b.to_dense(), result.vectors[i]))
+        a, bm, v = (x.to(double).numpy() for x in (3 * rows[i].mH @ rows[i] / 5, b.to_dense(), vectors[i]))
         reference = scipy.linalg.eigh(a, bm, eigvals_only=True)[::-1][:k]
         eps = torch.finfo(dtype).eps
-        np.testing.assert_allclose(result.values[i], reference, atol=300 * eps * reference[0])
+        np.testing.assert_allclose(values[i], reference, atol=300 * eps * reference[0])
         assert np.abs(v.conj().T @ bm @ v - np.eye(k)).max() < 200 * eps
-        residual = np.linalg.norm(a @ v - bm @ v * result.values[i].double().numpy(), axis=0)
-        size = np.linalg.norm(a, 2) + result.values[i].double().numpy() * np.linalg.norm(bm, 2)
+        residual = np.linalg.norm(a @ v - bm @ v * values[i], axis=0)
+        size = np.linalg.norm(a, 2) + values[i] * np.linalg.norm(bm, 2)
         assert (residual <= 50 * eps * size * np.linalg.norm(v, axis=0)).all()
 
 

@@ -135,6 +135,17 @@ def test_product(case, columns):
     assert torch.equal(operator @ more, matrix @ more)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "function" not in name])
+def test_products_and_norms_on_each_device(move, device, name):
+    make, matrix = CASES[name]
+    operator = move(make(torch.ones((), dtype=F64)))
+    x = integers(operator.n, 3, seed=2)
+    assert torch.equal((operator @ x.to(device)).cpu(), matrix @ x)
+    assert torch.equal(operator.diagonal().cpu().expand(matrix.shape[:-1]), diagonals(matrix))
+    small, exponent = operator.normalized()
+    assert small.device.type == operator.norm().device.type == exponent.device.type == device.type
+
+
 def test_identity_keeps_structure(case):
     operator, matrix = case
     identity = operator.identity()

@@ -36,7 +36,7 @@ def ekfac(dtype: torch.dtype = F64) -> EKFAC:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("left", ["kronecker", "sum", "ekfac", "gram"])
 @pytest.mark.parametrize("right", ["damped", "plain", "ekfac"])
-def test_the_rotated_pencil_is_the_same_problem(left, right, dtype):
+def test_the_rotated_pencil_is_the_same_problem(move, left, right, dtype):
     p, q = positive(3, 1, dtype), torch.stack([positive(4, 2, dtype), positive(4, 3, dtype)])
     one = Kronecker(positive(3, 4, dtype), positive(4, 5, dtype))
     a = {
@@ -46,7 +46,7 @@ def test_the_rotated_pencil_is_the_same_problem(left, right, dtype):
         "gram": Gram(draw(5, 12, dtype=dtype)),
     }[left]
     b = {"damped": Damped(Kronecker(p, q), 0.01), "plain": Kronecker(p, q), "ekfac": Scaled(ekfac(dtype), 2.0)}[right]
-    pencil = Pencil(a, b)
+    pencil = Pencil(move(a), move(b))
     rotated, back = rotate_to_diagonal(pencil)
     assert isinstance(rotated.B, Diagonal) and not isinstance(rotated.A, Dense)
     found = solve(rotated, 4, method="dense")
@@ -56,7 +56,7 @@ def test_the_rotated_pencil_is_the_same_problem(left, right, dtype):
     matrices = (x.expand(*pencil.batch_shape, 12, 12).reshape(-1, 12, 12).numpy() for x in (a.to_dense(), b.to_dense()))
     for i, (am, bm) in enumerate(zip(*matrices, strict=True)):
         expected = scipy.linalg.eigvalsh(am, bm)[::-1][:4]
-        np.testing.assert_allclose(found.values.reshape(-1, 4)[i], expected, rtol=1e-11)
+        np.testing.assert_allclose(found.values.reshape(-1, 4)[i].cpu(), expected, rtol=1e-11)
 
 
 def test_a_bad_factor_is_seen_in_the_rotated_diagonal():
@@ -74,14 +74,14 @@ def test_what_does_not_rotate():
 
 
 @pytest.mark.parametrize("k", [1, 5, 12])
-def test_one_eigenbasis_on_both_sides_is_solved_by_ratios(k):
-    b = ekfac()
-    a = Damped(EKFAC(b.left_vectors, b.right_vectors, draw(2, 3, 4)), 0.5)
+def test_one_eigenbasis_on_both_sides_is_solved_by_ratios(device, k):
+    b = EKFAC(*(x.to(device) for x in (ekfac().left_vectors, ekfac().right_vectors, ekfac().entries)))
+    a = Damped(EKFAC(b.left_vectors, b.right_vectors, draw(2, 3, 4).to(device)), 0.5)
     result = solve(Pencil(a, Scaled(b, 2.0)), k)
     assert result.method == "kronecker" and (result.status == GOOD).all()
     for i in range(2):
-        expected = scipy.linalg.eigvalsh(a.to_dense()[i], 2 * b.to_dense())[::-1][:k]
-        np.testing.assert_allclose(result.values[i], expected, rtol=1e-12)
+        expected = scipy.linalg.eigvalsh(a.to_dense()[i].cpu(), 2 * b.to_dense().cpu())[::-1][:k]
+        np.testing.assert_allclose(result.values[i].cpu(), expected, rtol=1e-12)
     assert result.backward_errors.max() < 1e-15 and result.b_orthogonality.max() < 1e-14
 
 
@@ -101,6 +101,6 @@ def test_factored_damping_is_two_small_pencils():
     b = Kronecker(Damped(b1, 0.1), Damped(Scaled(b2, 2.0), 0.2))
     result = solve(Pencil(a, b), 12)
     assert result.method == "kronecker" and result.status.item() == GOOD
-    one = scipy.linalg.eigvalsh(a1, b1 + 0.1 * torch.eye(3))
-    two = scipy.linalg.eigvalsh(a2, 2 * b2 + 0.2 * torch.eye(4))
+    one = scipy.linalg.eigvalsh(a1, b1 + 0.1 * torch.eye(3, dtype=F64))
+    two = scipy.linalg.eigvalsh(a2, 2 * b2 + 0.2 * torch.eye(4, dtype=F64))
     np.testing.assert_allclose(result.values, 0.5 * np.sort(np.outer(one, two).ravel())[::-1], rtol=1e-12)
