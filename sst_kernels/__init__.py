@@ -6,6 +6,7 @@ import torch  # noqa: F401  (first: it loads libtorch, which the compiled module
 
 from ._C import build_info
 from .accumulate import AccumulatorOptions, FactorAccumulator
+from .combined import Damped, Scaled, Sum
 from .eigh import eigh
 from .factors import Factors
 from .operators import Dense, Diagonal, Kronecker
@@ -23,17 +24,25 @@ from .pencil import Pencil
 from .products import symm_thin, symm_thin_pair
 from .result import EigenResult, Status
 from .solve import solve
+from .structured import EKFAC, FunctionOperator, Gram, LowRankPlusDiagonal
 
 __all__ = [
+    "EKFAC",
     "AccumulatorOptions",
+    "Damped",
     "Dense",
     "Diagonal",
     "EigenResult",
     "FactorAccumulator",
     "Factors",
+    "FunctionOperator",
+    "Gram",
     "Kronecker",
+    "LowRankPlusDiagonal",
     "Pencil",
+    "Scaled",
     "Status",
+    "Sum",
     "build_info",
     "eigh",
     "grouped_syrk_accumulate_",

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+from .checks import check_batches, check_entries, check_matrix
+from .scaling import even_exponent, peak, scale_by_power
+
 _POWER_STEPS = 4  # of Dense.norm: each costs one product, and the estimate only grows
 
 
@@ -64,14 +66,40 @@ class Operator(ABC):
     def normalized(self) -> tuple[Operator, Tensor]:
         """Ã and even exponents e (...,), int32, with A = 2ᵉ Ã, e = 0 where A is not finite.
 
-        The entries of Ã are at most 1 in magnitude, so that its norms and products stay in range.
+        The parts that Ã is made of (entries, factors, rows; the products of a callable) are at most
+        about 1 in magnitude, so that its norms and products stay in range.
         Exact, but for entries 2⁻¹²⁶ (double: 2⁻¹⁰²²) times smaller than the largest one.
         """
+
+    @abstractmethod
+    def apply_cost(self, columns: int = 1) -> int:
+        """Flops of A @ X for X (n, columns) and one matrix of the batch: two for each multiply–add."""
 
     @property
     def shape(self) -> torch.Size:
         """Shape (..., n, n) of the matrix it stands for."""
         return torch.Size((*self.batch_shape, self.n, self.n))
+
+    @property
+    def mH(self) -> Operator:
+        """Adjoint Aᴴ, which is A itself."""
+        return self
+
+    @property
+    def mT(self) -> Operator:
+        """Transpose Aᵀ, which is A itself for real dtypes.
+
+        Raises:
+            TypeError: if A is complex, where Aᵀ is not A.
+        """
+        if self.dtype.is_complex:
+            raise TypeError(f"mT: the transpose of a complex {type(self).__name__} is not the operator itself; use .mH")
+        return self
+
+    @property
+    def has_diagonal(self) -> bool:
+        """Whether `diagonal` costs less than n products."""
+        return True
 
     def trace(self) -> Tensor:
         """Σ_i a_ii, shape (...,)."""
@@ -129,8 +157,12 @@ class Dense(Operator):
     def normalized(self) -> tuple[Dense, Tensor]:
         """Matrix scaled to entries of at most 1, and exponents; see `Operator.normalized`."""
         full = self.to_dense()
-        exponent = _even_exponent(_peak(full, (-2, -1)))
+        exponent = even_exponent(peak(full, (-2, -1)))
         return Dense(scale_by_power(full, -exponent[..., None, None])), exponent
+
+    def apply_cost(self, columns: int = 1) -> int:
+        """2n² a column."""
+        return 2 * self.n**2 * columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +177,7 @@ class Diagonal(Operator):
 
     def __post_init__(self) -> None:
         """Check shape and dtype."""
-        _check_entries("Diagonal", "entries", self.entries)
+        check_entries("Diagonal", "entries", self.entries)
         if self.entries.dim() < 1:
             raise ValueError("Diagonal: entries must be (..., n), got a scalar; use entries[None]")
 
@@ -168,7 +200,7 @@ class Diagonal(Operator):
 
     def norm(self) -> Tensor:
         """‖D‖₂ = max |d_i|, exactly."""
-        return _peak(self.entries.real, (-1,))
+        return peak(self.entries.real, (-1,))
 
     def identity(self) -> Diagonal:
         """diag(1, …, 1)."""
@@ -176,8 +208,12 @@ class Diagonal(Operator):
 
     def normalized(self) -> tuple[Diagonal, Tensor]:
         """Diagonal scaled to entries of at most 1, and exponents; see `Operator.normalized`."""
-        exponent = _even_exponent(_peak(self.entries.real, (-1,)))
+        exponent = even_exponent(peak(self.entries.real, (-1,)))
         return Diagonal(scale_by_power(self.diagonal(), -exponent[..., None])), exponent
+
+    def apply_cost(self, columns: int = 1) -> int:
+        """One multiplication an entry."""
+        return self.n * columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,12 +244,8 @@ class Kronecker(Operator):
         return torch.broadcast_shapes(self.left.batch_shape, self.right.batch_shape)
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        """vec(P C Qᵀ) for each column vec(C) of x; 2(n₁ + n₂)n₁n₂m flops."""
-        n1, n2, m = self.left.n, self.right.n, x.shape[-1]
-        y = self.left @ x.reshape(*x.shape[:-2], n1, n2 * m)
-        y = y.unflatten(-1, (n2, m)).transpose(-3, -2).flatten(-2)
-        z = self.right @ y
-        return z.unflatten(-1, (n1, m)).transpose(-3, -2).flatten(-3, -2)
+        """vec(P C Qᵀ) for each column vec(C) of x; 2(n₁ + n₂)n₁n₂m flops for dense factors."""
+        return kronecker_product(self.left, self.right, x)
 
     def diagonal(self) -> Tensor:
         """p_ii q_jj at row-major (i, j)."""
@@ -239,6 +271,33 @@ class Kronecker(Operator):
         right, right_exponent = self.right.normalized()
         return Kronecker(left, right), left_exponent + right_exponent
 
+    def apply_cost(self, columns: int = 1) -> int:
+        """P on n₂ columns and Q on n₁, for each column."""
+        return self.left.apply_cost(self.right.n * columns) + self.right.apply_cost(self.left.n * columns)
+
+    @property
+    def has_diagonal(self) -> bool:
+        """Whether both factors have one."""
+        return self.left.has_diagonal and self.right.has_diagonal
+
+
+def kronecker_product(left: Operator | Tensor, right: Operator | Tensor, x: Tensor) -> Tensor:
+    """(P ⊗ Q) x for square P and Q: vec(P C Qᵀ) for each column vec(C), vec row-major.
+
+    Args:
+        left: P, order n₁.
+        right: Q, order n₂.
+        x: (..., n₁n₂, m).
+
+    Returns:
+        (..., n₁n₂, m); 2(n₁ + n₂)n₁n₂m flops for dense factors.
+    """
+    n1, n2, m = left.shape[-1], right.shape[-1], x.shape[-1]
+    y = left @ x.reshape(*x.shape[:-2], n1, n2 * m)
+    y = y.unflatten(-1, (n2, m)).transpose(-3, -2).flatten(-2)
+    z = right @ y
+    return z.unflatten(-1, (n1, m)).transpose(-3, -2).flatten(-3, -2)
+
 
 def as_operator(value: Operator | Tensor, name: str) -> Operator:
     """`value` itself if it is an operator, Dense(value) if it is a tensor.
@@ -256,17 +315,6 @@ def as_operator(value: Operator | Tensor, name: str) -> Operator:
     raise TypeError(
         f"{name} must be a torch.Tensor or an Operator, got {type(value).__name__}; convert with torch.as_tensor"
     )
-
-
-def check_matrix(owner: str, name: str, x: Tensor) -> None:
-    """Check that the tensor x is of a supported dtype and square in its last two dimensions.
-
-    Raises:
-        ValueError: if it is not square.
-    """
-    _check_entries(owner, name, x)
-    if x.dim() < 2 or x.shape[-1] != x.shape[-2]:
-        raise ValueError(f"{owner}: {name} must be square, (..., n, n), got {tuple(x.shape)}")
 
 
 def check_alike(owner: str, first: tuple[str, Operator], second: tuple[str, Operator], *, same_order: bool) -> None:
@@ -298,46 +346,4 @@ def check_alike(owner: str, first: tuple[str, Operator], second: tuple[str, Oper
             f"{owner}: {name1} and {name2} must be on one device, got {op1.device} and "
             f"{op2.device}; move one of them with .to(device)"
         )
-    try:
-        torch.broadcast_shapes(op1.batch_shape, op2.batch_shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{owner}: batch dimensions of {name1} and {name2} must broadcast, got "
-            f"{tuple(op1.shape)} and {tuple(op2.shape)}"
-        ) from None
-
-
-def scale_by_power(x: Tensor, exponent: Tensor) -> Tensor:
-    """2ᵉ x for integer e, in two halves: 2ᵉ alone may overflow where the result does not.
-
-    Args:
-        x: any floating or complex tensor.
-        exponent: integer tensor that broadcasts against x.
-
-    Returns:
-        Scaled copy of x.
-    """
-    half = exponent.div(2, rounding_mode="floor")
-    real = x.real.dtype
-    return x * torch.exp2(half.to(real)) * torch.exp2((exponent - half).to(real))
-
-
-def _peak(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Largest magnitude over `dims` (NaN if any entry is NaN)."""
-    return x.abs().amax(dims)
-
-
-def _even_exponent(peak: Tensor) -> Tensor:
-    """Smallest even e with peak <= 2ᵉ, up to rounding; 0 where peak is 0 or not finite."""
-    exponent = torch.frexp(peak.detach().nan_to_num(0.0, 0.0)).exponent
-    return exponent + exponent % 2
-
-
-def _check_entries(owner: str, name: str, entries: Tensor) -> None:
-    if not isinstance(entries, Tensor):
-        raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(entries).__name__}")
-    if entries.dtype not in DTYPES:
-        raise TypeError(
-            f"{owner}: {name} must be float32, float64, complex64 or complex128, got "
-            f"{entries.dtype}; convert with .float() or .double() (factorisations need the digits)"
-        )
+    check_batches(owner, (name1, op1.shape, op1.batch_shape), (name2, op2.shape, op2.batch_shape))

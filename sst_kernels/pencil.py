@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .operators import Operator, as_operator, check_alike, scale_by_power
+from .operators import Operator, as_operator, check_alike
+from .scaling import scale_by_power
 
 
 @dataclass(frozen=True, eq=False)

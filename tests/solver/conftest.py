@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
+
+from sst_kernels.operators import Operator
 
 
 @pytest.fixture
@@ -21,3 +25,17 @@ def random_pencil() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
         return tuple(m.astype(dtype) for m in hermitian)
 
     return make
+
+
+@pytest.fixture
+def move(device: torch.device) -> Callable[[Operator], Operator]:
+    """Copies an operator to the device of the test."""
+
+    def moved(part: object) -> object:
+        if isinstance(part, Operator):
+            return replace(part, **{field.name: moved(getattr(part, field.name)) for field in fields(part)})
+        if isinstance(part, tuple):
+            return tuple(moved(x) for x in part)
+        return part.to(device) if isinstance(part, torch.Tensor) else part
+
+    return moved

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
-from sst_kernels.operators import Dense, Diagonal, Kronecker, scale_by_power
+from sst_kernels.combined import Damped, Scaled, Sum
+from sst_kernels.operators import Dense, Diagonal, Kronecker, Operator
+from sst_kernels.scaling import scale_by_power
+from sst_kernels.structured import EKFAC, FunctionOperator, Gram, LowRankPlusDiagonal
 
 F64 = torch.float64
 
@@ -21,28 +26,90 @@ def symmetric(*shape: int, seed: int = 0) -> torch.Tensor:
     return lower + lower.tril(-1).mT
 
 
-CASES = {
-    "dense": (Dense(symmetric(5)), symmetric(5)),
-    "dense batch": (Dense(symmetric(2, 3, 5)), symmetric(2, 3, 5)),
-    "diagonal": (Diagonal(integers(3, 6)), torch.diag_embed(integers(3, 6))),
+def turn(n: int, seed: int = 0) -> torch.Tensor:
+    """Signed permutation: an orthogonal matrix of integers."""
+    rng = np.random.default_rng(seed)
+    return torch.eye(n, dtype=F64)[torch.from_numpy(rng.permutation(n))] * torch.from_numpy(rng.choice([-1.0, 1.0], n))
+
+
+def basis(n1: int, n2: int) -> torch.Tensor:
+    return torch.kron(turn(n1), turn(n2, seed=1))
+
+
+A5, B5, D5, J5, U5, C3 = (symmetric(5), symmetric(5, seed=1), integers(5), integers(4, 5), integers(5, 3), symmetric(3))
+EIGEN = integers(3, 4, seed=5)
+
+# name: (the operator times a scale, its matrix)
+CASES: dict[str, tuple[Callable[[torch.Tensor], Operator], torch.Tensor]] = {
+    "dense": (lambda c: Dense(c * A5), A5),
+    "dense batch": (lambda c: Dense(c * symmetric(2, 3, 5)), symmetric(2, 3, 5)),
+    "diagonal": (lambda c: Diagonal(c * integers(3, 6)), torch.diag_embed(integers(3, 6))),
     "kronecker": (
-        Kronecker(symmetric(3), symmetric(4, seed=1)),
+        lambda c: Kronecker(c * symmetric(3), symmetric(4, seed=1)),
         torch.kron(symmetric(3), symmetric(4, seed=1)),
     ),
     "kronecker batch": (
-        Kronecker(symmetric(2, 3), symmetric(4, seed=1)),
+        lambda c: Kronecker(c * symmetric(2, 3), symmetric(4, seed=1)),
         torch.stack([torch.kron(p, symmetric(4, seed=1)) for p in symmetric(2, 3)]),
     ),
     "kronecker of three": (
-        Kronecker(symmetric(2), Kronecker(Diagonal(integers(3)), symmetric(2, seed=1))),
+        lambda c: Kronecker(symmetric(2), Kronecker(Diagonal(c * integers(3)), symmetric(2, seed=1))),
         torch.kron(symmetric(2), torch.kron(torch.diag(integers(3)), symmetric(2, seed=1))),
+    ),
+    "ekfac": (
+        lambda c: EKFAC(turn(3), turn(4, seed=1), c * EIGEN),
+        basis(3, 4) @ torch.diag(EIGEN.flatten()) @ basis(3, 4).T,
+    ),
+    "ekfac batch": (
+        lambda c: EKFAC(turn(3), turn(4, seed=1).expand(2, 4, 4), c * EIGEN),
+        (basis(3, 4) @ torch.diag(EIGEN.flatten()) @ basis(3, 4).T).expand(2, 12, 12),
+    ),
+    "gram": (lambda c: Gram(c.sqrt() * J5), J5.T @ J5 / 4),
+    "gram of more rows, counted": (
+        lambda c: Gram(c.sqrt() * integers(9, 5), 16),
+        integers(9, 5).T @ integers(9, 5) / 16,
+    ),
+    "gram batch": (
+        lambda c: Gram(c.sqrt() * J5, torch.tensor([2.0, 8.0])),
+        torch.stack([J5.T @ J5 / 2, J5.T @ J5 / 8]),
+    ),
+    "low rank plus diagonal": (
+        lambda c: LowRankPlusDiagonal(c.sqrt() * U5, c * D5, C3),
+        torch.diag(D5) + U5 @ C3 @ U5.T,
+    ),
+    "low rank without core, batch": (
+        lambda c: LowRankPlusDiagonal(c.sqrt() * U5, c * integers(2, 5)),
+        torch.diag_embed(integers(2, 5)) + U5 @ U5.T,
+    ),
+    "scaled": (lambda c: Scaled(A5, c * torch.tensor([0.5, -4.0], dtype=F64)), torch.stack([A5 / 2, -4 * A5])),
+    "damped": (lambda c: Damped(c * A5, c * 3), A5 + 3 * torch.eye(5)),
+    "damped batch": (
+        lambda c: Damped(c * A5, c * torch.tensor([1.0, 64.0], dtype=F64)),
+        torch.stack([A5 + torch.eye(5), A5 + 64 * torch.eye(5)]),
+    ),
+    "sum": (
+        lambda c: Sum([c * A5, Diagonal(c * D5), Gram(c.sqrt() * integers(2, 4, 5))]),
+        A5 + torch.diag(D5) + integers(2, 4, 5).mT @ integers(2, 4, 5) / 4,
+    ),
+    "sum of one": (lambda c: Sum([Dense(c * A5)]), A5),
+    "function": (lambda c: FunctionOperator(lambda x: c * (A5 @ x), (5, 5), F64), A5),
+    "function batch": (
+        lambda c: FunctionOperator(
+            lambda x: (c * symmetric(2, 5)) @ x, (2, 5, 5), F64, "cpu", c * diagonals(symmetric(2, 5))
+        ),
+        symmetric(2, 5),
     ),
 }
 
 
+def diagonals(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1)
+
+
 @pytest.fixture(params=CASES, ids=str)
 def case(request: pytest.FixtureRequest):
-    return CASES[request.param]
+    make, matrix = CASES[request.param]
+    return make(torch.ones((), dtype=F64)), matrix
 
 
 def test_matrix_and_its_parts(case):
@@ -52,8 +119,9 @@ def test_matrix_and_its_parts(case):
     assert operator.n == matrix.shape[-1]
     assert operator.dtype == F64 and operator.device.type == "cpu"
     assert torch.equal(operator.to_dense(), matrix)
-    assert torch.equal(operator.diagonal(), matrix.diagonal(dim1=-2, dim2=-1))
-    assert torch.equal(operator.trace(), matrix.diagonal(dim1=-2, dim2=-1).sum(-1))
+    assert torch.equal(operator.diagonal().expand(matrix.shape[:-1]), diagonals(matrix))
+    assert torch.equal(operator.trace().expand(matrix.shape[:-2]), diagonals(matrix).sum(-1))
+    assert operator.mH is operator and operator.mT is operator
 
 
 @pytest.mark.parametrize("columns", [0, 1, 3])
@@ -63,34 +131,68 @@ def test_product(case, columns):
     assert torch.equal(operator @ x, matrix @ x)
     batched = x.expand(*operator.batch_shape, *x.shape) + integers(*operator.batch_shape, 1, 1, seed=3)
     assert torch.equal(operator @ batched, matrix @ batched)
+    more = integers(7, *[1] * len(operator.batch_shape), operator.n, columns)
+    assert torch.equal(operator @ more, matrix @ more)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "function" not in name])
+def test_products_and_norms_on_each_device(move, device, name):
+    make, matrix = CASES[name]
+    operator = move(make(torch.ones((), dtype=F64)))
+    x = integers(operator.n, 3, seed=2)
+    assert torch.equal((operator @ x.to(device)).cpu(), matrix @ x)
+    assert torch.equal(operator.diagonal().cpu().expand(matrix.shape[:-1]), diagonals(matrix))
+    small, exponent = operator.normalized()
+    assert small.device.type == operator.norm().device.type == exponent.device.type == device.type
 
 
 def test_identity_keeps_structure(case):
     operator, matrix = case
     identity = operator.identity()
     assert isinstance(identity, Kronecker) == isinstance(operator, Kronecker)
-    assert torch.equal(identity.to_dense(), torch.eye(operator.n, dtype=F64).expand_as(matrix))
+    assert torch.equal(identity.to_dense().expand_as(matrix), torch.eye(operator.n, dtype=F64).expand_as(matrix))
 
 
 def test_norm_is_never_above_the_spectral_norm_and_close(case):
     operator, matrix = case
     true = torch.linalg.matrix_norm(matrix, ord=2)
+    assert operator.norm().shape == true.shape
     assert (operator.norm() <= true * (1 + 1e-14)).all()
     assert (operator.norm() >= 0.7 * true).all()
 
 
-@pytest.mark.parametrize("power", [-900, -3, 0, 7, 900])
-def test_normalized_is_exact(case, power):
-    operator, matrix = case
+@pytest.mark.parametrize("power", [-900, -4, 0, 8, 900])
+@pytest.mark.parametrize("name", CASES)
+def test_normalized_is_exact(name, power):
+    make, matrix = CASES[name]
     scale = torch.tensor(float(power), dtype=F64).exp2()
-    if isinstance(operator, Kronecker):
-        scaled = Kronecker(Dense(operator.left.to_dense() * scale), operator.right)
-    else:
-        scaled = Dense(matrix * scale)
-    small, exponent = scaled.normalized()
+    small, exponent = make(scale).normalized()
     assert (exponent % 2 == 0).all()
-    assert ((small.to_dense().abs() <= 1).all()) and small.norm().min() > 1 / 64
-    assert torch.equal(scale_by_power(small.to_dense(), exponent[..., None, None]), matrix * scale)
+    assert (small.to_dense().abs() <= 8).all() and small.norm().min() > 1 / 64
+    back = scale_by_power(small.to_dense(), exponent[..., None, None])
+    assert torch.equal(back.expand_as(matrix), matrix * scale)
+
+
+@pytest.mark.parametrize("kind", [Sum, Damped])
+def test_a_zero_part_does_not_decide_the_exponent(kind):
+    """Else the other part would be scaled out of range: 2⁻⁹⁰⁰ beside a zero of exponent 0."""
+    tiny = A5 * 2.0**-900
+    parts = Sum([Dense(0 * A5), Dense(tiny)]) if kind is Sum else Damped(Dense(tiny), 0.0)
+    small, exponent = parts.normalized()
+    assert small.norm() > 1 / 64
+    assert torch.equal(scale_by_power(small.to_dense(), exponent), tiny)
+
+
+def test_apply_cost_counts_multiply_adds():
+    """Against the products written out: two flops for each entry of every matrix that is applied."""
+    ones = torch.ones((), dtype=F64)
+    costs = {name: CASES[name][0](ones).apply_cost(7) for name in CASES}
+    assert costs["dense"] == 2 * 5 * 5 * 7 == costs["function"]
+    assert costs["kronecker"] == (2 * 9 * 4 + 2 * 16 * 3) * 7
+    assert costs["ekfac"] == (2 * (2 * 9 * 4 + 2 * 16 * 3) + 12) * 7
+    assert costs["gram"] == 2 * (2 * 4 * 5) * 7
+    assert costs["low rank plus diagonal"] == (2 * (2 * 5 * 3) + 2 * 3 * 3 + 5) * 7
+    assert costs["scaled"] == costs["damped"] == costs["dense"] + 2 * 5 * 7
 
 
 def test_row_major_vec_convention():
