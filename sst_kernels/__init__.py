@@ -10,6 +10,7 @@ from .eigh import eigh
 from .factors import Factors
 from .operators import Dense, Diagonal, Kronecker
 from .ops import (
+    fused_eigh,
     grouped_syrk_accumulate_,
     khatri_rao_rows,
     khatri_rao_syrk_accumulate_,
@@ -35,6 +36,7 @@ __all__ = [
     "Status",
     "build_info",
     "eigh",
+    "fused_eigh",
     "grouped_syrk_accumulate_",
     "khatri_rao_rows",
     "khatri_rao_syrk_accumulate_",

@@ -144,3 +144,31 @@ def unpack_lower(P: Tensor) -> Tensor:
     rows = torch.arange(d)
     i, j = torch.maximum(rows[:, None], rows), torch.minimum(rows[:, None], rows)
     return P.double().cpu()[..., i * (i + 1) // 2 + j]
+
+
+def fused_eigh(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of A v = λ B v, λ ascending, VᵀBV = I, from the lower triangles; one pencil after another.
+
+    Args:
+        A: (…, n, n) symmetric, any dtype and device.
+        B: (…, n, n) symmetric positive definite.
+
+    Returns:
+        Values (…, n) and vectors (…, n, n), float64 on the CPU, and info (…,) int32: 0, or 1 where B has no Cholesky
+        factor and 2 where A or B is not finite; values and vectors are NaN there.
+    """
+    a, b = (symmetrize_(x) for x in (A, B))
+    values, vectors = torch.full(a.shape[:-1], torch.nan).double(), torch.full(a.shape, torch.nan).double()
+    info = torch.zeros(a.shape[:-2], dtype=torch.int32)
+    for member in itertools.product(*map(range, a.shape[:-2])):
+        if not (a[member].isfinite().all() and b[member].isfinite().all()):
+            info[member] = 2
+            continue
+        L, indefinite = torch.linalg.cholesky_ex(b[member])
+        if indefinite:
+            info[member] = 1
+            continue
+        half = torch.linalg.solve_triangular(L, a[member], upper=False)
+        values[member], y = torch.linalg.eigh(torch.linalg.solve_triangular(L, half.mT, upper=False))
+        vectors[member] = torch.linalg.solve_triangular(L.mT, y, upper=True)
+    return values, vectors, info

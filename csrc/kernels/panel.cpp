@@ -2,6 +2,8 @@
 
 #include <type_traits>
 
+#include "vector.h"
+
 namespace sst {
 
 namespace {
@@ -58,9 +60,6 @@ template <class T>
     });
   }
 }
-
-template <int Bytes, class A>
-using Vector __attribute__((vector_size(Bytes), aligned(alignof(A)), may_alias)) = A;
 
 // How an element of p, for every lane, and a vector of q are multiplied and added.
 template <class E, int Bytes>
@@ -143,34 +142,11 @@ template <int Bytes, int Rows, class E, class A>
   }
 }
 
-// The body, compiled for one instruction set: body<vector bytes, rows of c that fit its registers two vectors wide>.
 #ifdef __x86_64__
-template <class Body>
-[[gnu::target("avx512f,avx512bw,avx512vl")]] void by_avx512(const Body& body) {
-  body.template operator()<64, 8>();
-}
-template <class Body>
-[[gnu::target("avx2,fma")]] void by_avx2(const Body& body) {
-  body.template operator()<32, 4>();
-}
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 #endif
-template <class Body>
-void by_baseline(const Body& body) {
-  body.template operator()<16, 4>();
-}
-
-// Runs a body, a lambda that must be inlined to be compiled for the set, by kInstructionSets[set].
-template <class Body>
-void by_set(int set, const Body& body) {
-#ifdef __x86_64__
-  if (set <= 1) return by_avx512(body);
-  if (set == 2) return by_avx2(body);
-#endif
-  by_baseline(body);
-}
 
 }  // namespace
 
