@@ -130,7 +130,16 @@ class Dense(Operator):
         """Matrix scaled to entries of at most 1, and exponents; see `Operator.normalized`."""
         full = self.to_dense()
         exponent = _even_exponent(_peak(full, (-2, -1)))
-        return Dense(scale_by_power(full, -exponent[..., None, None])), exponent
+        return Mirrored(scale_by_power(full, -exponent[..., None, None])), exponent
+
+
+@dataclass(frozen=True, eq=False)
+class Mirrored(Dense):
+    """A Dense whose upper triangle already mirrors the lower one, and is read."""
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself."""
+        return self.matrix
 
 
 @dataclass(frozen=True, eq=False)

@@ -256,6 +256,18 @@ def fused_eigh(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.sst_kernels.fused_eigh.default(A, B)
 
 
+def fused_eigh_limit(like: Tensor) -> int:
+    """Largest n that `fused_eigh` takes for tensors of this dtype on this device.
+
+    Args:
+        like: float32 or float64, any shape.
+
+    Returns:
+        What a block's shared memory holds on CUDA; no limit (2⁶³ − 1) on the CPU.
+    """
+    return torch.ops.sst_kernels.fused_eigh_limit.default(like)
+
+
 def symmetrize_(S: Tensor) -> None:
     """S[j, i] ← S[i, j] for j < i, in place: the upper triangle is overwritten unread.
 

@@ -17,7 +17,8 @@ namespace sst {
 namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
-constexpr int64_t kTile = 4;  // sums of kTile × kTile elements stay in registers
+constexpr int64_t kTile = 4;     // sums of kTile × kTile elements stay in registers
+constexpr int64_t kWaiting = 4;  // steps of QL whose rotations are applied at once
 
 template <class V>
 SST_INLINE V root(V x) {
@@ -47,6 +48,9 @@ struct Group {
   int64_t n, stride;              // elements of a row; an odd number, lest a column meets in one set of the cache
   V *l, *c, *z;                   // matrices: L; A, then C, then reflectors; eigenvectors, one to a row
   V *inverse, *d, *e, *w;         // 1 / L_jj; diagonal and subdiagonal of T; a vector
+  V* turns;                       // rotations to be applied: cosine and sine for rows i and i + 1, n of them a step
+  Range sweeps[kWaiting];         // from which row to which each of the steps turns
+  int64_t waiting;                // steps
   I bad, indefinite, unfinished;  // masks
 
   SST_INLINE static V absolute(V x) { return x < 0 ? -x : x; }
@@ -258,43 +262,65 @@ SST_INLINE void form_q(G& g) {
   }
 }
 
-// The block [first, last] of T that each lane works on next: first is where it has converged up to, last the next index
-// whose subdiagonal element is negligible. Lanes without a block have first = last = n - 1.
+// The block [first, last] of T that each lane works on next, indices as numbers, which compare faster than integers:
+// first is where the lane has converged up to, last the next index whose subdiagonal element is negligible. A lane that
+// is done has first = last = n - 1.
 template <class G>
-SST_INLINE void find_blocks(const G& g, typename G::I& first, typename G::I& last, int64_t from) {
+SST_INLINE void find_blocks(const G& g, typename G::V& first, typename G::V& last, int64_t from) {
   using V = typename G::V;
-  typename G::I found = {};
+  typename G::I searching = ~typename G::I{};
+  last = G::full(static_cast<double>(g.n - 1));
   V here = G::absolute(g.d[from]);
   for (int64_t i = from; i < g.n - 1; ++i) {
-    const V next = G::absolute(g.d[i + 1]);
-    const auto small = (G::absolute(g.e[i]) <= kEps * (here + next) + 1e-150) & (i >= first) & ~found;
-    const auto advance = small & (first == i);
-    first = advance ? first + 1 : first;
-    last = small & ~advance ? typename G::I{} + i : last;
-    found |= small & ~advance;
+    const V next = G::absolute(g.d[i + 1]), index = G::full(static_cast<double>(i));
+    const auto small = (G::absolute(g.e[i]) <= kEps * (here + next) + 1e-150) & (index >= first) & searching;
+    const auto done = small & (index == first), found = small & ~done;
+    first = done ? first + 1 : first;
+    last = found ? index : last;
+    searching &= ~found;
     here = next;
   }
 }
 
-// Rows i and i + 1 of z, the columns of Z, turn by the angle (c, s).
-template <class V>
-SST_INLINE void rotate(V* low, V* high, int64_t n, V c, V s) {
+// Width columns of z, the same rows of all of Z, turn by the waiting rotations, while L1 holds them.
+template <int Width, class G>
+SST_INLINE void turn_columns(const G& g, int64_t j) {
+  using V = typename G::V;
+  for (int64_t step = 0; step < g.waiting; ++step) {
+    const int64_t from = g.sweeps[step].begin, to = g.sweeps[step].end;
+    const V* const turns = g.turns + 2 * g.n * step;
+    V* z = g.z + to * g.stride + j;
+    V high[Width];
+    for (int w = 0; w < Width; ++w) high[w] = z[w];
+    for (int64_t i = to - 1; i >= from; --i, z -= g.stride) {
+      const V c = turns[2 * i], s = turns[2 * i + 1];
 #pragma GCC unroll 4
-  for (int64_t j = 0; j < n; ++j) {
-    const V x = low[j], y = high[j];
-    high[j] = s * x + c * y;
-    low[j] = c * x - s * y;
+      for (int w = 0; w < Width; ++w) {
+        const V low = (z - g.stride)[w];
+        z[w] = s * low + c * high[w];
+        high[w] = c * low - s * high[w];
+      }
+    }
+    for (int w = 0; w < Width; ++w) z[w] = high[w];
   }
 }
 
-// An implicit QL step with Wilkinson's shift on each lane's block.
 template <class G>
-SST_INLINE void ql_step(G& g, typename G::I first, typename G::I last) {
+SST_INLINE void turn(G& g) {
+  int64_t j = 0;
+  for (; j + kTile <= g.n; j += kTile) turn_columns<kTile>(g, j);
+  for (; j < g.n; ++j) turn_columns<1>(g, j);
+  g.waiting = 0;
+}
+
+// An implicit QL step with Wilkinson's shift on each lane's block. Its rotations are left to wait for others.
+template <class G>
+SST_INLINE void ql_step(G& g, typename G::V first, typename G::V last) {
   using V = typename G::V;
   int64_t from = g.n, to = 0;
   V shift = {};
   for (int64_t lane = 0; lane < G::kLanes; ++lane) {
-    const int64_t l = first[lane], m = last[lane];
+    const auto l = static_cast<int64_t>(first[lane]), m = static_cast<int64_t>(last[lane]);
     if (l == m) continue;
     from = std::min(from, l);
     to = std::max(to, m);
@@ -303,9 +329,11 @@ SST_INLINE void ql_step(G& g, typename G::I first, typename G::I last) {
   }
   const V one = G::full(1), zero = {};
   V c = one, s = one, p = zero, q = shift;
+  V* const turns = g.turns + 2 * g.n * g.waiting;
   auto alive = first != last;
   for (int64_t i = to - 1; i >= from; --i) {
-    const auto active = alive & (i < last) & (i >= first);
+    const V index = G::full(static_cast<double>(i));
+    const auto active = alive & (index < last) & (index >= first);
     V f = s * g.e[i], r = root(f * f + q * q);
     const V b = c * g.e[i];
     const auto lost = active & (r == 0);  // the block falls apart here
@@ -313,17 +341,19 @@ SST_INLINE void ql_step(G& g, typename G::I first, typename G::I last) {
     g.e[i + 1] = active ? r : g.e[i + 1];
     g.d[i + 1] = lost ? g.d[i + 1] - p : g.d[i + 1];
     alive &= ~lost;
-    const V inverse = 1 / (turn ? r : one);
-    s = turn ? f * inverse : s;
-    c = turn ? q * inverse : c;
+    r = turn ? r : one;
+    s = turn ? f / r : s;
+    c = turn ? q / r : c;
     const V t = g.d[i + 1] - p, turned = (g.d[i] - t) * s + 2 * c * b;
     p = turn ? s * turned : p;
     g.d[i + 1] = turn ? t + p : g.d[i + 1];
     q = turn ? c * turned - b : q;
-    rotate(g.z + i * g.stride, g.z + (i + 1) * g.stride, g.n, turn ? c : one, turn ? s : zero);
+    turns[2 * i] = turn ? c : one;
+    turns[2 * i + 1] = turn ? s : zero;
   }
+  g.sweeps[g.waiting++] = {from, to};
   for (int64_t lane = 0; lane < G::kLanes; ++lane) {
-    const int64_t l = first[lane], m = last[lane];
+    const auto l = static_cast<int64_t>(first[lane]), m = static_cast<int64_t>(last[lane]);
     if (l == m) continue;
     if (alive[lane]) {
       g.d[l][lane] -= p[lane];
@@ -336,16 +366,18 @@ SST_INLINE void ql_step(G& g, typename G::I first, typename G::I last) {
 // T = Y Λ Yᵀ: Λ over d, and Z becomes Q Y.
 template <class G>
 SST_INLINE void diagonalise(G& g) {
-  typename G::I first = {}, last;
+  typename G::V first = {}, last;
   for (int64_t steps = 0, from = 0;; ++steps) {
-    last = typename G::I{} + (g.n - 1);
     find_blocks(g, first, last, from);
     g.unfinished = first != last;
-    if (!G::any(g.unfinished) || steps == 30 * g.n) return;
+    if (!G::any(g.unfinished) || steps == 30 * g.n) break;
     ql_step(g, first, last);
-    from = first[0];
-    for (int64_t lane = 1; lane < G::kLanes; ++lane) from = std::min<int64_t>(from, first[lane]);
+    if (g.waiting == kWaiting) turn(g);
+    double least = first[0];
+    for (int64_t lane = 1; lane < G::kLanes; ++lane) least = std::min<double>(least, first[lane]);
+    from = static_cast<int64_t>(least);
   }
+  turn(g);
 }
 
 // Lanes without a result get C = 0; the others C 2^-x with elements near 1, x returned.
@@ -449,15 +481,17 @@ SST_INLINE void solve_groups(const FusedEigh<T>& args, std::atomic<int64_t>& nex
   struct Free {
     void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
   };
-  const auto bytes = static_cast<size_t>((3 * n * stride + 5 * n) * Bytes);
+  const auto bytes = static_cast<size_t>((3 * n * stride + (4 + 2 * kWaiting) * n) * Bytes);
   const std::unique_ptr<void, Free> memory(::operator new(bytes, std::align_val_t{64}));
   const std::unique_ptr<int64_t[]> order(new int64_t[n]);
   G g;
   g.n = n;
   g.stride = stride;
+  g.waiting = 0;
   V* at = static_cast<V*>(memory.get());
   for (V** part : {&g.l, &g.c, &g.z}) *part = at, at += n * stride;
   for (V** part : {&g.inverse, &g.d, &g.e, &g.w}) *part = at, at += n;
+  g.turns = at;
   for (int64_t group = next++; group < groups; group = next++) {
     const int64_t first = group * G::kLanes, count = std::min(G::kLanes, args.batch - first);
     pack(g, args, first, count);

@@ -111,12 +111,30 @@ struct ByLapack {
   }
 };
 
+// f.operator()<T>() for float or double.
+template <class F>
+void visit_wide(const Tensor& on, F f) {
+  if (on.scalar_type() == ScalarType::Double) return f.template operator()<double>();
+  f.template operator()<float>();
+}
+
+int64_t fused_eigh_limit([[maybe_unused]] const Tensor& like) {
+  int64_t limit = std::numeric_limits<int64_t>::max();
+#ifdef SST_WITH_CUDA
+  if (like.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    visit_wide(like, [&]<class T>() { limit = fused_eigh_cuda_limit<T>(); });
+  }
+#endif
+  return limit;
+}
+
 template <class T>
 void run(const FusedEigh<T>& args, const Tensor& on) {
 #ifdef SST_WITH_CUDA
   if (on.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-    const int64_t limit = fused_eigh_cuda_limit<T>();
+    const int64_t limit = fused_eigh_limit(on);
     if (args.n > limit) {
       fail(kOp, ": n must be at most ", limit, " for ", dtype_name(on.scalar_type()), " on this device, got ", args.n,
            "; use sst_kernels.eigh, or sst_kernels.solve for the largest pairs");
@@ -126,7 +144,8 @@ void run(const FusedEigh<T>& args, const Tensor& on) {
 #endif
   const int64_t lanes = fused_eigh_lanes(), groups = (args.batch + lanes - 1) / lanes;
   const int64_t work = 10 * args.n * args.n * args.n * args.batch;
-  if (args.n <= 16 || (args.n <= 64 && args.batch >= lanes)) {
+  // A group costs what n / 24 members cost LAPACK (measured with eight lanes).
+  if (args.n <= kFusedLanesLimit && 24 * args.batch >= args.n) {
     return parallel(groups, work, [&](auto& next) { fused_eigh_cpu(args, next); });
   }
   parallel(args.batch, work, [&](auto& next) { ByLapack<T>{args, on}.run(next); });
@@ -156,16 +175,11 @@ std::tuple<Tensor, Tensor, Tensor> fused_eigh(const Tensor& a, const Tensor& b) 
   if (rows.numel() > 0) {
     // A view where the strides allow it, else a copy.
     const Tensor flat_a = torch::stable::reshape(a, {batch, n, n}), flat_b = torch::stable::reshape(b, {batch, n, n});
-    const auto visit = [&]<class T>() {
+    visit_wide(a, [&]<class T>() {
       run(FusedEigh<T>{matrices<T>(flat_a), matrices<T>(flat_b), mutable_data<T>(values), mutable_data<T>(rows),
                        mutable_data<int32_t>(info), batch, n},
           a);
-    };
-    if (a.scalar_type() == ScalarType::Double) {
-      visit.template operator()<double>();
-    } else {
-      visit.template operator()<float>();
-    }
+    });
   }
   return {values, torch::stable::transpose(rows, -2, -1), info};
 }
@@ -174,8 +188,15 @@ std::tuple<Tensor, Tensor, Tensor> fused_eigh(const Tensor& a, const Tensor& b) 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sst_kernels, m) {
   m.def("fused_eigh(Tensor A, Tensor B) -> (Tensor values, Tensor vectors, Tensor info)");
+  m.def("fused_eigh_limit(Tensor like) -> int");
 }
-STABLE_TORCH_LIBRARY_IMPL(sst_kernels, CPU, m) { m.impl("fused_eigh", TORCH_BOX(&sst::fused_eigh)); }
+STABLE_TORCH_LIBRARY_IMPL(sst_kernels, CPU, m) {
+  m.impl("fused_eigh", TORCH_BOX(&sst::fused_eigh));
+  m.impl("fused_eigh_limit", TORCH_BOX(&sst::fused_eigh_limit));
+}
 #ifdef SST_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(sst_kernels, CUDA, m) { m.impl("fused_eigh", TORCH_BOX(&sst::fused_eigh)); }
+STABLE_TORCH_LIBRARY_IMPL(sst_kernels, CUDA, m) {
+  m.impl("fused_eigh", TORCH_BOX(&sst::fused_eigh));
+  m.impl("fused_eigh_limit", TORCH_BOX(&sst::fused_eigh_limit));
+}
 #endif
