@@ -11,6 +11,7 @@ from .eigh import eigh
 from .factors import Factors
 from .operators import Dense, Diagonal, Kronecker
 from .ops import (
+    fused_eigh,
     grouped_syrk_accumulate_,
     khatri_rao_rows,
     khatri_rao_syrk_accumulate_,
@@ -45,6 +46,7 @@ __all__ = [
     "Sum",
     "build_info",
     "eigh",
+    "fused_eigh",
     "grouped_syrk_accumulate_",
     "khatri_rao_rows",
     "khatri_rao_syrk_accumulate_",

@@ -1,4 +1,4 @@
-"""Batched dense generalized eigenproblem by Cholesky, congruence and `torch.linalg.eigh`.
+"""Batched dense generalized eigenproblem by Cholesky, congruence and `torch.linalg.eigh`, or `fused_eigh`.
 
 The steps of LAPACK's xSYGVD / xHEGVD (Anderson et al. 1999, sec. 2.3.5), on batches and on any
 device. With B = LLᴴ the three problem types reduce to the standard C y = λ y:
@@ -17,14 +17,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .operators import Mirrored
+from .ops import fused_eigh, fused_eigh_limit
 from .pencil import Pencil
 from .result import Spectrum, Status
 
+# What the info of fused_eigh means.
+_FAULTS = torch.tensor([0, Status.NOT_POSITIVE_DEFINITE, Status.NON_FINITE, Status.MAX_ITERATIONS])
 _VERIFY_UP_TO = 512  # order up to which the inertia check is worth its n³/3 flops unasked
 
 
 def dense(pencil: Pencil, k: int) -> Spectrum:
-    """The k largest pairs of A v = λ B v, by the whole spectrum.
+    """The k largest pairs of A v = λ B v, by the whole spectrum, in torch's operations.
 
     Args:
         pencil: any pencil; A and B are formed.
@@ -33,11 +37,29 @@ def dense(pencil: Pencil, k: int) -> Spectrum:
     Returns:
         All eigenvalues and k vectors; about 14n³ flops and nine n² matrices a pencil.
     """
+    return _largest(pencil, k, fused=False)
+
+
+def fused(pencil: Pencil, k: int) -> Spectrum:
+    """The k largest pairs of A v = λ B v, by the whole spectrum, in one call of `fused_eigh`.
+
+    Args:
+        pencil: any pencil of a real dtype and an order that `fused_eigh` takes; A and B are formed.
+        k: number of pairs.
+
+    Returns:
+        All eigenvalues and k vectors; about 10n³ flops and four n² matrices a pencil.
+    """
+    return _largest(pencil, k, fused=True)
+
+
+def _largest(pencil: Pencil, k: int, *, fused: bool) -> Spectrum:
+    """The k largest pairs of the whole spectrum, refined, and counted where that is cheap."""
     n, batch = pencil.n, pencil.batch_shape
     a, b = (x.reshape(-1, n, n) for x in pencil.dense())
-    values, vectors, status = generalized_eigh(a, b)
-    values, vectors = _refine(a, b, values.flip(-1), vectors.flip(-1), k)
-    values, vectors = values.reshape(*batch, n), vectors.reshape(*batch, n, k)
+    values, vectors, status = generalized_eigh(a, b, fused=fused)
+    values, vectors, errors = _refine(a, b, values.flip(-1), vectors.flip(-1), k)
+    values, vectors, errors = values.reshape(*batch, n), vectors.reshape(*batch, n, k), errors.reshape(*batch, k)
     status = status.reshape(batch)
     if k == n:  # n independent eigenvectors leave no room for another
         status = status | Status.VERIFIED
@@ -45,7 +67,7 @@ def dense(pencil: Pencil, k: int) -> Spectrum:
         middle = 0.5 * (values[..., k - 1] + values[..., k]).nan_to_num()
         status = status | (pencil.count_above(middle) == k) * int(Status.VERIFIED)
     uncertainty = n * torch.finfo(values.dtype).eps * values.detach().abs().amax(-1)
-    return Spectrum(values, vectors, uncertainty, status)
+    return Spectrum(values, vectors, uncertainty, status, errors)
 
 
 @torch.no_grad()
@@ -75,26 +97,26 @@ def _correction(pencil: Pencil, values: Tensor, vectors: Tensor, k: int) -> tupl
     return torch.where(better, quotient - old, 0), torch.where(better[..., None], change, 0)
 
 
-def _refine(a: Tensor, b: Tensor, values: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _refine(a: Tensor, b: Tensor, values: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first k pairs, refined in those pencils where a backward error is above tolerance.
 
     Cholesky and congruence leave errors of eps·|λ|_max in every λ (Davies, Higham & Tisseur 2001),
     too much for the small ones where B is ill-conditioned.
 
     Returns:
-        Values (N, n) and vectors (N, n, k), descending.
+        Values (N, n) and vectors (N, n, k), descending, and backward errors (N, k).
     """
-    kept = vectors[..., :k]
-    errors = Pencil(a, b).backward_errors(values[:, :k], kept)
-    poor = (errors.amax(-1) > Pencil(a, b).tolerance).nonzero()[:, 0]
+    kept, whole = vectors[..., :k], Pencil(Mirrored(a), Mirrored(b))
+    errors = whole.backward_errors(values[:, :k], kept)
+    poor = (errors.amax(-1) > whole.tolerance).nonzero()[:, 0]
     if not len(poor):
-        return values, kept
-    pencil = Pencil(a[poor], b[poor])
+        return values, kept, errors
+    pencil = Pencil(Mirrored(a[poor]), Mirrored(b[poor]))
     changes = _correction(pencil, values[poor], vectors[poor], k)
     first = values[:, :k].index_add(0, poor, changes[0])
     first, order = first.sort(-1, descending=True)
     kept = kept.index_add(0, poor, changes[1]).take_along_dim(order[:, None, :], -1)
-    return torch.cat([first, values[:, k:]], -1), kept
+    return torch.cat([first, values[:, k:]], -1), kept, whole.backward_errors(first, kept)
 
 
 def generalized_eigh(
@@ -104,6 +126,7 @@ def generalized_eigh(
     problem: int = 1,
     columns: slice = slice(None),
     values_only: bool = False,
+    fused: bool | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """All eigenvalues, ascending, and the wanted eigenvectors of N Hermitian pencils.
 
@@ -116,16 +139,25 @@ def generalized_eigh(
         problem: 1, 2 or 3, see the table above.
         columns: which eigenvectors, by ascending index.
         values_only: whether to leave the eigenvectors out.
+        fused: whether `fused_eigh` solves the pencils (no other problem than 1, and no gradient),
+            else torch's operations; None for the faster of those that can.
 
     Returns:
         Values (N, n), vectors (N, n, len(columns)) or None, and fault bits of `Status` (N,),
         int64. The values and vectors of a faulty pencil are NaN.
     """
-    c, factor, fault = _reduce(a, b, problem)
-    values, y, unfinished = _standard_eigh(c, values_only)
-    fault = fault | unfinished
-    vectors = None if values_only else _back_substitute(factor, y[..., columns], problem)
-    values, vectors, fault = _blank_faults(values, vectors, fault)
+    if fused is None:
+        n, count = a.shape[-1], 1 if values_only else a.shape[0]
+        fused = problem == 1 and b is not None and not fused_is_slow(n, count, a.device) and fused_can(n, [a, b])
+    if fused:
+        values, vectors, info = fused_eigh(a, b)
+        vectors, fault = None if values_only else vectors[..., columns], _FAULTS.to(info.device)[info.long()]
+    else:
+        c, factor, fault = _reduce(a, b, problem)
+        values, y, unfinished = _standard_eigh(c, values_only)
+        fault = fault | unfinished
+        vectors = None if values_only else _back_substitute(factor, y[..., columns], problem)
+        values, vectors, fault = _blank_faults(values, vectors, fault)
     hidden = (fault & Status.NOT_POSITIVE_DEFINITE).nonzero()[:, 0]
     if len(hidden) and values.dtype == torch.float32:
         double = torch.promote_types(a.dtype, torch.float64)
@@ -135,6 +167,7 @@ def generalized_eigh(
             problem=problem,
             columns=columns,
             values_only=values_only,
+            fused=None if fused else False,
         )
         values, vectors, fault = (
             old if old is None else old.index_copy(0, hidden, new.to(old.dtype))
@@ -142,6 +175,19 @@ def generalized_eigh(
         )
         values, vectors, fault = _blank_faults(values, vectors, fault)
     return values, vectors, fault
+
+
+def fused_can(n: int, tensors: list[Tensor]) -> bool:
+    """Whether `fused_eigh` takes order n in the dtype and on the device of these, none needing a gradient."""
+    like = tensors[0]
+    if like.is_complex() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return False
+    return like.device.type in ("cpu", "cuda") and n <= fused_eigh_limit(like)
+
+
+def fused_is_slow(n: int, count: int, device: torch.device) -> bool:
+    """Whether torch's operations beat `fused_eigh`: a single pencil on the CPU, too large for vector lanes."""
+    return device.type == "cpu" and n > 64 and count == 1
 
 
 def _reduce(a: Tensor, b: Tensor | None, problem: int) -> tuple[Tensor, Tensor | None, Tensor]:

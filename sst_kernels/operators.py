@@ -158,11 +158,20 @@ class Dense(Operator):
         """Matrix scaled to entries of at most 1, and exponents; see `Operator.normalized`."""
         full = self.to_dense()
         exponent = even_exponent(peak(full, (-2, -1)))
-        return Dense(scale_by_power(full, -exponent[..., None, None])), exponent
+        return Mirrored(scale_by_power(full, -exponent[..., None, None])), exponent
 
     def apply_cost(self, columns: int = 1) -> int:
         """2n² a column."""
         return 2 * self.n**2 * columns
+
+
+@dataclass(frozen=True, eq=False)
+class Mirrored(Dense):
+    """A Dense whose upper triangle already mirrors the lower one, and is read."""
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself."""
+        return self.matrix
 
 
 @dataclass(frozen=True, eq=False)

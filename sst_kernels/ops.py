@@ -232,6 +232,42 @@ def khatri_rao_syrk_accumulate_(
     )
 
 
+def fused_eigh(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of A v = λ B v for a batch of small symmetric pencils, in one call: λ ascending, VᵀBV = I.
+
+    The building block of `eigh` and `solve`, which take any size, check, refine and differentiate.
+
+    Args:
+        A: (…, n, n) float32 or float64, any strides; only its lower triangle is read.
+        B: A's shape and dtype, positive definite, likewise; only its lower triangle is read.
+
+    Returns:
+        Values (…, n), vectors as columns (…, n, n), and info (…,) int32: 0, or why a pencil's values and vectors are
+        NaN: 1, B has no Cholesky factor; 2, something is not finite; 3, no convergence. No pencil affects another.
+
+    Raises:
+        TypeError: An argument is not a tensor.
+
+    Shapes, dtypes and devices that do not fit raise ValueError naming the argument; so does, on CUDA, an n for which
+    shared memory does not hold a pencil (float32 beyond 128; float64 beyond 96, or 80 where a block has 163 KiB).
+    Not differentiable. Cost: about 10 n³ flops (CPU), or a launch of one block of threads a pencil.
+    """
+    _require_tensors("fused_eigh", A=A, B=B)
+    return torch.ops.sst_kernels.fused_eigh.default(A, B)
+
+
+def fused_eigh_limit(like: Tensor) -> int:
+    """Largest n that `fused_eigh` takes for tensors of this dtype on this device.
+
+    Args:
+        like: float32 or float64, any shape.
+
+    Returns:
+        What a block's shared memory holds on CUDA; no limit (2⁶³ − 1) on the CPU.
+    """
+    return torch.ops.sst_kernels.fused_eigh_limit.default(like)
+
+
 def symmetrize_(S: Tensor) -> None:
     """S[j, i] ← S[i, j] for j < i, in place: the upper triangle is overwritten unread.
 
@@ -301,12 +337,26 @@ def _(P: Tensor) -> Tensor:
     return P.new_empty((*P.shape[:-1], d, d))
 
 
+@torch.library.register_fake("sst_kernels::fused_eigh", lib=_library)
+def _(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return A.new_empty(A.shape[:-1]), A.new_empty(A.shape).mT, A.new_empty(A.shape[:-2], dtype=torch.int32)
+
+
+@torch.library.register_vmap("sst_kernels::fused_eigh", lib=_library)
+def _(info: Any, in_dims: tuple[int | None, int | None], A: Tensor, B: Tensor) -> tuple[Any, tuple[int, int, int]]:
+    pencil = [
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip((A, B), in_dims, strict=True)
+    ]
+    return torch.ops.sst_kernels.fused_eigh.default(*pencil), (0, 0, 0)
+
+
 def _tensors(value: Any) -> list[Tensor]:
     """The tensors of an argument: itself, or those of a list."""
     return [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, Tensor)]
 
 
-def _refuse_gradients(name: str) -> None:
+def _refuse_gradients(name: str, remedy: str = "") -> None:
     """Registers an autograd kernel that raises if an input requires a gradient, else passes on."""
     op = getattr(torch.ops.sst_kernels, name).default
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None]
@@ -317,7 +367,7 @@ def _refuse_gradients(name: str) -> None:
                 if any(tensor.requires_grad for tensor in _tensors(value)):
                     raise ValueError(
                         f"{name}: {argument.name} requires a gradient, but the op is not differentiable; "
-                        f"pass {argument.name}.detach() or call it under torch.no_grad()"
+                        f"{remedy}pass {argument.name}.detach() or call it under torch.no_grad()"
                     )
         with torch._C._AutoDispatchBelowAutograd():
             out = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
@@ -347,3 +397,4 @@ for _name in (
     _refuse_gradients(_name)
 for _name in ("khatri_rao_rows", "pack_lower", "unpack_lower"):
     _refuse_gradients(_name)
+_refuse_gradients("fused_eigh", "use sst_kernels.eigh or sst_kernels.solve, which are, or ")

@@ -156,3 +156,31 @@ def residual(AX: Tensor, BX: Tensor, X: Tensor, theta: Tensor) -> tuple[Tensor, 
     AX, BX, X = (t.double().cpu() for t in (AX, BX, X))
     R = AX - theta.cpu()[..., None] * BX
     return R, torch.stack([t.square().sum(-1) for t in (R, AX, BX, X)], -1)
+
+
+def fused_eigh(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of A v = λ B v, λ ascending, VᵀBV = I, from the lower triangles; one pencil after another.
+
+    Args:
+        A: (…, n, n) symmetric, any dtype and device.
+        B: (…, n, n) symmetric positive definite.
+
+    Returns:
+        Values (…, n) and vectors (…, n, n), float64 on the CPU, and info (…,) int32: 0, or 1 where B has no Cholesky
+        factor and 2 where A or B is not finite; values and vectors are NaN there.
+    """
+    a, b = (symmetrize_(x) for x in (A, B))
+    values, vectors = torch.full(a.shape[:-1], torch.nan).double(), torch.full(a.shape, torch.nan).double()
+    info = torch.zeros(a.shape[:-2], dtype=torch.int32)
+    for member in itertools.product(*map(range, a.shape[:-2])):
+        if not (a[member].isfinite().all() and b[member].isfinite().all()):
+            info[member] = 2
+            continue
+        L, indefinite = torch.linalg.cholesky_ex(b[member])
+        if indefinite:
+            info[member] = 1
+            continue
+        half = torch.linalg.solve_triangular(L, a[member], upper=False)
+        values[member], y = torch.linalg.eigh(torch.linalg.solve_triangular(L, half.mT, upper=False))
+        vectors[member] = torch.linalg.solve_triangular(L.mT, y, upper=True)
+    return values, vectors, info

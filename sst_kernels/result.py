@@ -51,12 +51,14 @@ class Spectrum(NamedTuple):
         vectors: of the first k, (..., n, k).
         uncertainty: how far λ_k may be from the truth, (...,).
         status: fault bits, and VERIFIED if nothing is missing should the pairs hold; (...,).
+        errors: backward errors of the k pairs, (..., k), where the method has computed them.
     """
 
     values: Tensor
     vectors: Tensor
     uncertainty: Tensor
     status: Tensor
+    errors: Tensor | None = None
 
 
 class Counts(NamedTuple):

@@ -96,7 +96,7 @@ def test_mikota_pair(device):
     j = torch.arange(1, n + 1, dtype=torch.float64, device=device)
     a = torch.diag(2 * (n - j) + 1) + torch.diag(j[:-1] - n, 1) + torch.diag(j[:-1] - n, -1)
     result = solve(Pencil(a, Diagonal(1 / j)), n)
-    assert result.method == "dense"
+    assert result.method == "fused"
     assert torch.allclose(result.values, j.flip(0) ** 2, rtol=1e-11)
 
 
@@ -248,6 +248,7 @@ def test_lapack_that_gives_up_costs_one_pencil_only(random_pencil, monkeypatch):
     """torch raises for the whole batch: the marked matrix fails, its neighbours do not."""
     pairs = [random_pencil(4, seed=seed) for seed in range(3)]
     a, b = (torch.from_numpy(np.stack(x)) for x in zip(*pairs, strict=True))
+    a, b = a + 0j, b + 0j  # complex pencils are solved by torch.linalg.eigh at every size
     a[1], b[1] = 7 * torch.eye(4), torch.eye(4)
     genuine = torch.linalg.eigh
 
@@ -260,6 +261,34 @@ def test_lapack_that_gives_up_costs_one_pencil_only(random_pencil, monkeypatch):
     result = solve(Pencil(a, b), 2)
     assert result.status.tolist() == [GOOD, Status.MAX_ITERATIONS, GOOD]
     assert torch.isnan(result.values[1]).all()
+
+
+def test_method_of_small_pencils(random_pencil, device):
+    """ "fused" where it can and is fastest; "dense" for gradients, complex dtypes and one larger pencil on the CPU."""
+    a, b = (torch.from_numpy(x).to(device) for x in random_pencil(6))
+    wanting = a.clone().requires_grad_()
+    assert solve(Pencil(a, b), 2).method == "fused"
+    assert solve(Pencil(a + 0j, b + 0j), 2).method == solve(Pencil(wanting, b), 2).method == "dense"
+    with torch.no_grad():
+        assert solve(Pencil(wanting, b), 2).method == "fused"
+    with pytest.raises(ValueError, match=r"method 'fused' does not fit"):
+        solve(Pencil(wanting, b), 2, method="fused")
+    large = torch.eye(70, dtype=a.dtype, device=device).expand(2, 70, 70)
+    assert solve(Pencil(large), 2).method == "fused"
+    assert device.type == "cuda" or solve(Pencil(large[0]), 2).method == "dense"
+
+
+@pytest.mark.parametrize("n", [5, 70])
+def test_fused_and_dense_agree(random_pencil, device, n):
+    pairs = [random_pencil(n, seed=seed) for seed in range(3)]
+    a, b = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*pairs, strict=True))
+    b[1] -= torch.eye(n, dtype=b.dtype, device=device)
+    by_fused, by_dense = (solve(Pencil(a, b), 3, method=method) for method in ("fused", "dense"))
+    assert (by_fused.method, by_dense.method) == ("fused", "dense")
+    assert torch.equal(by_fused.status, by_dense.status)
+    torch.testing.assert_close(by_fused.values, by_dense.values, rtol=1e-12, atol=1e-12, equal_nan=True)
+    expected = scipy.linalg.eigvalsh(a[2].cpu(), b[2].cpu())[::-1][:3]
+    np.testing.assert_allclose(by_fused.values[2].cpu(), expected, rtol=1e-11)
 
 
 def test_inaccurate_pairs_are_flagged_not_called_converged(random_pencil):
@@ -351,10 +380,10 @@ def test_kronecker_batch_with_a_bad_factor(random_pencil):
     assert torch.isnan(result.vectors[0]).all() and torch.isfinite(result.vectors[1]).all()
 
 
-def test_kronecker_factors_that_do_not_pair_are_solved_densely():
+def test_kronecker_factors_that_do_not_pair_are_formed():
     a = Kronecker(torch.eye(2), torch.diag(torch.tensor([1.0, 2.0, 3.0])))
     b = Kronecker(torch.eye(3), torch.eye(2))
-    assert solve(Pencil(a, b), 2).method == "dense"
+    assert solve(Pencil(a, b), 2).method == "fused"
     with pytest.raises(ValueError, match=r"method 'kronecker' does not fit A and B"):
         solve(Pencil(a, b), 2, method="kronecker")
 
