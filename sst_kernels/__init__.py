@@ -7,6 +7,7 @@ import torch  # noqa: F401  (first: it loads libtorch, which the compiled module
 from ._C import build_info
 from .accumulate import AccumulatorOptions, FactorAccumulator
 from .eigh import eigh
+from .eigh_topk import eigh_topk
 from .factors import Factors
 from .operators import Dense, Diagonal, Kronecker
 from .ops import (
@@ -35,6 +36,7 @@ __all__ = [
     "Status",
     "build_info",
     "eigh",
+    "eigh_topk",
     "grouped_syrk_accumulate_",
     "khatri_rao_rows",
     "khatri_rao_syrk_accumulate_",
