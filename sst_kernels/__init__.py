@@ -8,6 +8,7 @@ from ._C import build_info
 from .accumulate import AccumulatorOptions, FactorAccumulator
 from .combined import Damped, Scaled, Sum
 from .eigh import eigh
+from .eigh_topk import eigh_topk
 from .factors import Factors
 from .operators import Dense, Diagonal, Kronecker
 from .ops import (
@@ -46,6 +47,7 @@ __all__ = [
     "Sum",
     "build_info",
     "eigh",
+    "eigh_topk",
     "fused_eigh",
     "grouped_syrk_accumulate_",
     "khatri_rao_rows",

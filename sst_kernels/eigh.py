@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dense import generalized_eigh
+from .eigh_grad import pairs
 from .operators import Dense, check_alike, check_matrix
-from .result import REMEDIES
 
 _STANDARD_DRIVERS = ("ev", "evd", "evr", "evx")
 _GENERALIZED_DRIVERS = ("gv", "gvd", "gvx")
 _SUBSET_DRIVERS = (None, "evr", "evx", "gvx")
-
-
-class LinAlgError(np.linalg.LinAlgError, torch.linalg.LinAlgError):
-    """Raised for a single pencil without a solution; caught as numpy's error and as torch's."""
 
 
 def eigh(
@@ -43,8 +37,14 @@ def eigh(
     `type` 1: a v = w b v, VᴴbV = I; 2: a b v = w v, VᴴbV = I; 3: b a v = w v, Vᴴb⁻¹V = I. In a
     batch, pencils that fail come back as NaN with one RuntimeWarning that names them. Beyond
     scipy: batches may be empty, and a float32 b that is positive definite only in float64 is
-    solved. Gradients flow to the triangle that is read, for distinct eigenvalues; at equal ones
-    they are NaN or infinite.
+    solved.
+
+    Derivatives, forward and reverse, of first and second order, flow to the triangle that is read.
+    Pairs of equal eigenvalues are left out of first derivatives, which is right for functions of
+    whole eigenspaces, such as V f(w) Vᴴ; a RuntimeWarning says so of others. Second derivatives
+    lack such pairs. Faulty pencils have derivative zero. Under `torch.vmap` the mapped pencils are
+    a batch. Under `torch.compile` the same errors and warnings come at run time, except that
+    `subset_by_value`, whose shape depends on data, works under neither.
 
     Args:
         a: (..., n, n) Hermitian: a tensor, or anything numpy reads. float32, float64, complex64,
@@ -65,33 +65,37 @@ def eigh(
 
     Returns:
         w (..., m), real, and v (..., n, m), or w alone: tensors on the device of `a`, or numpy
-        arrays. About 13n³ flops and eight n² matrices a pencil.
+        arrays. About 13n³ flops and eight n² matrices a pencil; w alone a third of it, unless a
+        derivative is asked for; a gradient 8n³ more.
 
     Raises:
         LinAlgError: if a single pencil's b is not positive definite, or its data or results are
-            not finite and not checked before.
+            not finite; numpy's, torch's and a ValueError at once.
         TypeError: for dtypes that cannot be factorised, or a tensor mixed with another type.
-        ValueError: for a single pencil that is not finite, and for wrong shapes and options.
+        ValueError: for wrong shapes and options.
     """
     _check_options(b is not None, type, driver, subset_by_index, subset_by_value)
     as_numpy = not isinstance(a, Tensor)
     a, b = _as_pencil(a, b)
-    batch = a.shape[:-2] if b is None else torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if check_finite:
-        a, b = (x if x is None else _mark_nonfinite(x, single=not batch) for x in (a, b))
-    columns = _columns(a.shape[-1], subset_by_index)
-    w, v, fault = generalized_eigh(
-        _hermitian(a, lower, batch),
-        None if b is None else _hermitian(b, lower, batch),
-        problem=type if b is not None else 1,
-        columns=columns,
-        values_only=eigvals_only,
+        a, b = (x if x is None else _mark_nonfinite(x) for x in (a, b))
+    n = a.shape[-1]
+    wanted = _columns(n, subset_by_index)
+    keep_all = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (a, b))
+    columns = slice(0, n) if keep_all else wanted
+    w, v, fault = pairs(
+        Dense(a if lower else a.mH).to_dense(),
+        None if b is None else Dense(b if lower else b.mH).to_dense(),
+        type if b is not None else 1,
+        columns.start,
+        columns.stop,
+        eigvals_only and not keep_all,
+        True,
     )
-    _report(fault.reshape(batch))
-    w = w[:, columns]
+    w, v = w[..., wanted], v[..., wanted] if keep_all else v
     if subset_by_value is not None:
         w, v = _within(w, v, subset_by_value, fault)
-    found = [x.reshape(*batch, *x.shape[1:]) for x in (w, v) if x is not None]
+    found = [w] if eigvals_only else [w, v]
     if as_numpy:
         found = [x.numpy() for x in found]
     return found[0] if eigvals_only else tuple(found)
@@ -171,58 +175,24 @@ def _from_numpy(x: Any, name: str) -> Tensor:
 def _columns(n: int, by_index: Sequence[int] | None) -> slice:
     """Slice of the pairs wanted by index, all of them without one."""
     if by_index is None:
-        return slice(None)
+        return slice(0, n)
     lo, hi = (int(i) for i in by_index)
     if not 0 <= lo <= hi < n:
         raise ValueError(f"eigh: subset_by_index must be [lo, hi] with 0 <= lo <= hi < n = {n}, got [{lo}, {hi}]")
     return slice(lo, hi + 1)
 
 
-def _mark_nonfinite(x: Tensor, *, single: bool) -> Tensor:
-    """NaN throughout each matrix that holds NaN or infinity in either triangle.
-
-    Returns:
-        A copy of x, marked.
-
-    Raises:
-        ValueError: if it is the only matrix, as scipy does.
-    """
+def _mark_nonfinite(x: Tensor) -> Tensor:
+    """NaN throughout each matrix that holds NaN or infinity in either triangle."""
     finite = torch.isfinite(x).all(-1).all(-1)
-    if single and not finite.all():
-        raise ValueError("eigh: a and b must not contain infs or NaNs")
     return torch.where(finite[..., None, None], x, torch.nan)
 
 
-def _hermitian(x: Tensor, lower: bool, batch: torch.Size) -> Tensor:
-    """Matrices (N, n, n), N the size of `batch`, with both triangles filled from one of x."""
-    full = Dense(x if lower else x.mH).to_dense()
-    return full.expand(*batch, -1, -1).reshape(math.prod(batch), *x.shape[-2:])
-
-
-def _report(fault: Tensor) -> None:
-    """Raise for a single faulty pencil, warn once for those of a batch.
-
-    Raises:
-        LinAlgError: if `fault`, (...,), has no dimension and is not zero.
-    """
-    if not fault.any():
-        return
-    if fault.dim() == 0:
-        raise LinAlgError(f"eigh: {_reason(int(fault))}")
-    failed = [f"{tuple(i)} ({_reason(int(fault[tuple(i)]))})" for i in fault.nonzero().tolist()]
-    warnings.warn(f"eigh: no result for pencils {', '.join(failed)}", RuntimeWarning, stacklevel=3)
-
-
-def _reason(code: int) -> str:
-    """Remedies for the bits of a status."""
-    return "; ".join(text for bit, text in REMEDIES.items() if code & bit)
-
-
-def _within(w: Tensor, v: Tensor | None, bounds: Sequence[float], fault: Tensor) -> tuple[Tensor, Tensor | None]:
+def _within(w: Tensor, v: Tensor, bounds: Sequence[float], fault: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs with lo < w <= hi.
 
     Returns:
-        Values (N, m) and vectors (N, n, m) or None.
+        Values (..., m) and vectors (..., n, m).
 
     Raises:
         ValueError: if pencils that did not fail differ in their number of pairs.
@@ -236,4 +206,4 @@ def _within(w: Tensor, v: Tensor | None, bounds: Sequence[float], fault: Tensor)
             f"{counts.tolist()}; use subset_by_index, or call once for each pencil"
         )
     order = first + torch.arange(int(counts.sum()), device=w.device)
-    return w.gather(-1, order), None if v is None else v.take_along_dim(order[:, None], -1)
+    return w.gather(-1, order), v.take_along_dim(order[..., None, :], -1) if v.shape[-1] else v

@@ -1,0 +1,120 @@
+"""`eigh_topk`: the k largest eigenpairs of dense pencils, as a differentiable op.
+
+The derivatives need only the k pairs that were found: within their span V they are explicit, and
+off it they come from the resolvent R_i g = z with (λ_iB − A)z = (I − BVVᴴ)g, VᴴBz = 0, which is
+positive definite there (`resolvent`). With E_ji = 1/(λ_i − λ_j), W = VᴴV̄ and
+Z = V(E ∘ W) + [R_i v̄_i]:
+Ā = sym((V diag λ̄ + Z)Vᴴ), B̄ = −sym(((V diag λ̄ + Z)Λ + ½ V diag W)Vᴴ).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .eigh_grad import hermitian_part, inverse_gaps
+from .operators import Dense
+from .pencil import Pencil
+from .registration import define
+from .resolvent import resolvent, to_lower
+from .result import Status
+from .solve import solve
+
+
+def eigh_topk(
+    a: Tensor, b: Tensor, k: int, *, tol: float | None = None, method: str = "auto", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest λ of A v = λ B v, descending, with VᴴBV = I; torch.ops.sst_kernels.eigh_topk.
+
+    `solve` for matrices as an op: derivatives of first and second order, forward and reverse, and
+    torch.vmap, torch.func and torch.compile work. Derivatives flow to the lower triangles. Pairs of
+    equal eigenvalues are left out of first derivatives, which is right for functions of whole
+    eigenspaces; a RuntimeWarning says so of others, and of a k that cuts a cluster. Second
+    derivatives lack such pairs. A pencil without a result has derivative zero.
+
+    Args:
+        a: (..., n, n) Hermitian, of which the lower triangle is read. float32, float64, complex64,
+            complex128.
+        b: (..., n, n) Hermitian positive definite, likewise; batch dimensions broadcast.
+        k: number of pairs, 1 <= k <= n.
+        tol: as in `solve`.
+        method: as in `solve`.
+        seed: as in `solve`.
+
+    Returns:
+        Values (..., k), vectors (..., n, k), and `Status` bits (...,), int64. Cost: `solve`; a
+        gradient of vectors n³/3 flops and about 6n²k an iteration of conjugate gradients, or one
+        more dense solve where that is cheaper (`resolvent`); one of values alone 4n²k.
+
+    What does not fit raises TypeError or ValueError, as in `solve`.
+    """
+    return _op(a, b, k, tol=tol, method=method, seed=seed)
+
+
+def _kernel(
+    a: Tensor, b: Tensor, k: int, *, tol: float | None = None, method: str = "auto", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.no_grad():
+        found = solve(Pencil(a, b), k, tol=tol, method=method, seed=seed)
+    outputs = found.values, found.vectors, found.status
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in outputs)  # an op returns no views
+
+
+def _fake(
+    a: Tensor, b: Tensor, k: int, *, tol: float | None = None, method: str = "auto", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-1]
+    values = a.new_empty(*batch, k, dtype=a.real.dtype)
+    return values, a.new_empty(*batch, n, k), a.new_empty(batch, dtype=torch.int64)
+
+
+def _clean(inputs: tuple, outputs: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """λ, V and status, with λ = 0, V = 0 and NON_FINITE for pencils without a result, and which those are."""
+    values, vectors, status = outputs
+    bad = ~torch.isfinite(values).all(-1)
+    status = torch.where(bad, status | int(Status.NON_FINITE), status)
+    return values.masked_fill(bad[..., None], 0), vectors.masked_fill(bad[..., None, None], 0), status, bad
+
+
+def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, Tensor]:
+    a, b = inputs[:2]
+    values, v, status, bad = _clean(inputs, outputs)
+    values_bar, v_bar = grads[:2]
+    y, norms = torch.zeros_like(v), torch.zeros_like(v)
+    if v_bar is not None:
+        v_bar = v_bar.masked_fill(bad[..., None, None], 0)
+        overlaps = v.mH @ v_bar
+        e = inverse_gaps(values, overlaps, False)
+        y = v @ (e * overlaps) + resolvent(a, b, values, v, status, v_bar)
+        norms = 0.5 * v * overlaps.diagonal(dim1=-2, dim2=-1).real[..., None, :]
+    if values_bar is not None:
+        y = y + v * values_bar.masked_fill(bad[..., None], 0)[..., None, :]
+    a_bar = to_lower(hermitian_part(y @ v.mH))
+    b_bar = to_lower(-hermitian_part((y * values[..., None, :] + norms) @ v.mH))
+    return a_bar.sum_to_size(a.shape), b_bar.sum_to_size(b.shape)
+
+
+def _jvp(inputs: tuple, outputs: tuple, tangents: tuple) -> tuple[Tensor, Tensor, None]:
+    """dλ_i = v_iᴴm_i, dV = V(E ∘ VᴴM) + [R_i m_i] − ½ V diag(VᴴdBV) with M = dA V − dB VΛ."""
+    a, b = inputs[:2]
+    values, v, status, bad = _clean(inputs, outputs)
+    da_v, db_v = (
+        torch.zeros_like(v) if x is None else (Dense(x) @ v).masked_fill(bad[..., None, None], 0) for x in tangents[:2]
+    )
+    m = da_v - db_v * values[..., None, :]
+    overlaps = v.mH @ m
+    norms = (v.conj() * db_v).sum(-2).real
+    e = inverse_gaps(values, torch.zeros_like(overlaps), False)
+    dv = v @ (e * overlaps) + resolvent(a, b, values, v, status, m) - 0.5 * v * norms[..., None, :]
+    return overlaps.diagonal(dim1=-2, dim2=-1).real, dv, None
+
+
+_op = define(
+    'eigh_topk(Tensor a, Tensor b, int k, *, float? tol=None, str method="auto", int seed=0)'
+    " -> (Tensor values, Tensor vectors, Tensor status)",
+    kernel=_kernel,
+    fake=_fake,
+    backward=_backward,
+    jvp=_jvp,
+    ranks=(2, 2),
+)
