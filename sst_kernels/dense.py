@@ -24,7 +24,7 @@ from .result import Spectrum, Status
 
 # What the info of fused_eigh means.
 _FAULTS = torch.tensor([0, Status.NOT_POSITIVE_DEFINITE, Status.NON_FINITE, Status.MAX_ITERATIONS])
-_VERIFY_UP_TO = 512  # order up to which the inertia check is worth its n³/3 flops unasked
+VERIFY_UP_TO = 512  # order up to which the inertia check is worth its n³/3 flops unasked
 
 
 def dense(pencil: Pencil, k: int) -> Spectrum:
@@ -63,7 +63,7 @@ def _largest(pencil: Pencil, k: int, *, fused: bool) -> Spectrum:
     status = status.reshape(batch)
     if k == n:  # n independent eigenvectors leave no room for another
         status = status | Status.VERIFIED
-    elif n <= _VERIFY_UP_TO:
+    elif n <= VERIFY_UP_TO:
         middle = 0.5 * (values[..., k - 1] + values[..., k]).nan_to_num()
         status = status | (pencil.count_above(middle) == k) * int(Status.VERIFIED)
     uncertainty = n * torch.finfo(values.dtype).eps * values.detach().abs().amax(-1)

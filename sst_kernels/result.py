@@ -43,6 +43,18 @@ REMEDIES = {
 }
 
 
+class Counts(NamedTuple):
+    """Columns that the solve and its certificate multiplied, per pencil still in the batch, and iterations.
+
+    Direct methods apply A and B once per returned pair, for the certificate, and never iterate.
+    """
+
+    a_products: int
+    b_products: int
+    preconditioner_products: int
+    iterations: int
+
+
 class Spectrum(NamedTuple):
     """What a method hands to `solve`, which judges it.
 
@@ -52,6 +64,9 @@ class Spectrum(NamedTuple):
         uncertainty: how far λ_k may be from the truth, (...,).
         status: fault bits, and VERIFIED if nothing is missing should the pairs hold; (...,).
         errors: backward errors of the k pairs, (..., k), where the method has computed them.
+        orthogonality: max |VᴴBV − I|, (...,), where the method has computed it.
+        counts: of the method, where it iterates.
+        history: of the iteration, see `EigenResult`.
     """
 
     values: Tensor
@@ -59,18 +74,9 @@ class Spectrum(NamedTuple):
     uncertainty: Tensor
     status: Tensor
     errors: Tensor | None = None
-
-
-class Counts(NamedTuple):
-    """Columns that the solve and its certificate multiplied, per pencil, and iterations.
-
-    Direct methods apply A and B once per returned pair, for the certificate, and never iterate.
-    """
-
-    a_products: int
-    b_products: int
-    preconditioner_products: int
-    iterations: int
+    orthogonality: Tensor | None = None
+    counts: Counts | None = None
+    history: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +93,8 @@ class EigenResult:
         status: `Status` bits, int64 (...,).
         method: name of the method that ran.
         counts: products and iterations.
+        history: (iterations, 3) float64 of the iteration, None for a direct method: pencils still in the
+            batch, wanted pairs above tolerance in them, and the largest backward error.
     """
 
     values: Tensor
@@ -96,6 +104,7 @@ class EigenResult:
     status: Tensor
     method: str
     counts: Counts
+    history: Tensor | None = None
 
     @property
     def converged(self) -> Tensor:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import fields
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .dense import dense, fused, fused_can, fused_is_slow
+from .choose import choose
+from .davidson import DavidsonOptions, davidson
+from .dense import VERIFY_UP_TO, dense, fused
 from .gram import gram
-from .operators import Diagonal, Kronecker, Operator
+from .operators import Dense
 from .pencil import Pencil
-from .preconditioners import has_inverse
 from .result import Counts, EigenResult, Spectrum, Status
-from .simplify import simplified
-from .structured import EKFAC, Gram
+from .rotation import rotate_to_diagonal
+from .structured import EKFAC
 
 _ACCEPTED = 10  # times tol: a stagnated pair is still called converged up to here
 
@@ -29,6 +28,8 @@ def solve(
     method: str = "auto",
     tol: float | None = None,
     seed: int = 0,
+    options: DavidsonOptions | None = None,
+    verify: bool | None = None,
 ) -> EigenResult:
     """The k largest λ of A v = λ B v, descending, with VᴴBV = I, for each pencil of a batch.
 
@@ -43,10 +44,12 @@ def solve(
     | "gram"      | A = JᴴJ/N, N < n, B of those `inverse` takes  | eigh of J B⁻¹ Jᴴ / N         |
     | "fused"     | real, no gradient wanted; A and B are formed  | all pairs, by `fused_eigh`   |
     | "dense"     | any; A and B are formed                       | Cholesky, then eigh          |
-    | "auto"      | any                                           | the first of these that fits |
+    | "davidson"  | real, no gradient wanted                      | block Jacobi–Davidson        |
+    | "auto"      | any                                           | the fastest of these         |
 
-    "auto" passes over "fused" where "dense" is faster: for single pencils beyond 64 × 64 on the CPU.
-    On CUDA, "fused" takes what `fused_eigh_limit` says.
+    "fused" takes orders up to what `fused_eigh_limit` says. "davidson" iterates: its pairs hold to `tol`, and
+    one may be missed unless the status says VERIFIED. Before it, a B that is a Kronecker product, damped
+    or not, beside an A of such terms, is made diagonal.
 
     Gradients flow to the entries of A and B (to the lower triangle, where matrices are read) by
     way of `torch.linalg.eigh`: they hold for distinct eigenvalues and are NaN or infinite for
@@ -57,7 +60,10 @@ def solve(
         k: number of pairs, 1 <= k <= n.
         method: one of the table above.
         tol: largest backward error that counts as converged; 4√n·eps by default.
-        seed: of the start vectors of iterative methods; the direct methods here draw none.
+        seed: of the start vectors of "davidson"; the direct methods draw none.
+        options: of "davidson"; see `DavidsonOptions`.
+        verify: whether to count the eigenvalues above λ_k by the inertia of A − tB, which forms A and B and
+            takes n³/3 flops. None: where A and B are dense and n <= 512.
 
     Returns:
         Values, vectors, certificates and a status for each pencil. Cost: dense 14n³ flops; gram
@@ -68,15 +74,20 @@ def solve(
         TypeError: if `pencil` is no Pencil or k no integer.
         ValueError: if k or tol is out of range, or the method unknown or unfit for the pencil.
     """
-    structure, name = _choose(pencil, k, method)
+    structure, name = choose(pencil, k, method)
     if tol is None:
         tol = pencil.tolerance
     elif not 0 < tol < math.inf:
         raise ValueError(f"solve: tol must be positive and finite, got {tol}; None for the default")
-    found = _METHODS[name](structure, k)
+    if name == "davidson":
+        found = _iterate(structure, k, tol, seed, options or DavidsonOptions())
+    else:
+        found = _METHODS[name](structure, k)
     values, vectors = found.values[..., :k], found.vectors
     errors = pencil.backward_errors(values, vectors) if found.errors is None else found.errors
-    orthogonality = pencil.b_orthogonality(vectors)
+    orthogonality = pencil.b_orthogonality(vectors) if found.orthogonality is None else found.orthogonality
+    if verify or (verify is None and name == "davidson" and _is_small_and_dense(structure)):
+        found = found._replace(status=found.status | _counted(structure, found.values, k))
     status, blank = _judge(found, errors, orthogonality, tol)
     return EigenResult(
         values=values.masked_fill(blank[..., None], torch.nan),
@@ -85,8 +96,32 @@ def solve(
         b_orthogonality=orthogonality.masked_fill(blank, torch.nan),
         status=status,
         method=name,
-        counts=Counts(k, k, 0, 0),
+        counts=found.counts or Counts(k, k, 0, 0),
+        history=found.history,
     )
+
+
+def _iterate(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOptions) -> Spectrum:
+    """`davidson`, in the Kronecker eigenbasis of B where it has one."""
+    rotated = None if options.start is not None or options.preconditioner is not None else rotate_to_diagonal(pencil)
+    if rotated is None:
+        return davidson(pencil, k, tol, seed, options)
+    in_basis, back = rotated
+    found = davidson(in_basis, k, tol, seed, options)
+    return found._replace(vectors=back(found.vectors), errors=None, orthogonality=None)
+
+
+def _is_small_and_dense(pencil: Pencil) -> bool:
+    return isinstance(pencil.A, Dense) and isinstance(pencil.B, Dense) and pencil.n <= VERIFY_UP_TO
+
+
+@torch.no_grad()
+def _counted(pencil: Pencil, values: Tensor, k: int) -> Tensor:
+    """VERIFIED where exactly k eigenvalues lie above the middle between λ_k and the next that is known, (...,)."""
+    if k == pencil.n:
+        return torch.full(pencil.batch_shape, int(Status.VERIFIED), device=pencil.device)
+    middle = 0.5 * (values[..., k - 1] + values[..., k]).nan_to_num()
+    return (pencil.count_above(middle) == k) * int(Status.VERIFIED)
 
 
 def diagonal(pencil: Pencil, k: int) -> Spectrum:
@@ -176,60 +211,6 @@ _METHODS: dict[str, Callable[[Pencil, int], Spectrum]] = {
 _FAULTS = Status.NOT_POSITIVE_DEFINITE | Status.NON_FINITE | Status.MAX_ITERATIONS
 
 
-def _fits(pencil: Pencil, method: str) -> bool:
-    """Whether `method` can solve a pencil of this structure."""
-    a, b = pencil.A, pencil.B
-    if method == "diagonal":
-        return isinstance(a, Diagonal) and isinstance(b, Diagonal)
-    if method == "kronecker":
-        if isinstance(a, EKFAC) and isinstance(b, EKFAC):
-            return a.left_vectors is b.left_vectors and a.right_vectors is b.right_vectors
-        both = isinstance(a, Kronecker) and isinstance(b, Kronecker)
-        return both and a.left.n == b.left.n
-    if method == "gram":
-        few = isinstance(a, Gram) and a.rows.shape[-2] < a.n
-        return few and bool((a.count > 0).all()) and has_inverse(b)
-    if method == "fused":
-        held = [*_held(a), *_held(b)]
-        like = torch.empty(0, dtype=pencil.dtype, device=pencil.device)
-        return not any(map(callable, held)) and fused_can(pencil.n, [like, *(x for x in held if isinstance(x, Tensor))])
-    return True
-
-
-def _held(operator: Operator) -> Iterator[Any]:
-    """What an operator and its parts are made of."""
-    for field in fields(operator):
-        value = getattr(operator, field.name)
-        for part in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(part, Operator):
-                yield from _held(part)
-            else:
-                yield part
-
-
-def _choose(pencil: Pencil, k: int, method: str) -> tuple[Pencil, str]:
-    """The simplified pencil and the name of the method that will run, after checking the arguments."""
-    if not isinstance(pencil, Pencil):
-        raise TypeError(f"solve: pencil must be a Pencil, got {type(pencil).__name__}; write Pencil(A, B)")
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"solve: k must be an int, got {type(k).__name__}")
-    if not 1 <= k <= pencil.n:
-        raise ValueError(f"solve: k must be in 1..n with n = {pencil.n}, got k = {k}")
-    structure = Pencil(simplified(pencil.A), simplified(pencil.B))
-    if method == "auto":
-        slow = {"fused"} if fused_is_slow(pencil.n, pencil.batch_shape.numel(), pencil.device) else set()
-        return structure, next(name for name in _METHODS if name not in slow and _fits(structure, name))
-    if method not in _METHODS:
-        raise ValueError(f"solve: method must be one of {['auto', *_METHODS]}, got {method!r}")
-    if not _fits(structure, method):
-        kinds = f"{type(pencil.A).__name__} and {type(pencil.B).__name__}"
-        raise ValueError(
-            f"solve: method {method!r} does not fit A and B, which are {kinds}; "
-            "use method='auto', or see the table in solve's documentation"
-        )
-    return structure, method
-
-
 @torch.no_grad()
 def _judge(found: Spectrum, errors: Tensor, orthogonality: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     """Status (...,), and which pencils have no result to show."""
@@ -250,4 +231,5 @@ def _judge(found: Spectrum, errors: Tensor, orthogonality: Tensor, tol: float) -
     sound = converged & ~cluster & (k * orthogonality < 1)
     status = torch.where(sound, status, status & ~Status.VERIFIED)
     status |= converged * int(Status.CONVERGED) | cluster * int(Status.CLUSTER_AT_K)
-    return status | ~(blank | (worst <= tol)) * int(Status.STAGNATED), blank
+    above = ~(blank | (worst <= tol)) & ((status & Status.MAX_ITERATIONS) == 0)
+    return status | above * int(Status.STAGNATED), blank

@@ -3,10 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels/panel.h"
 #include "kernels/schedule.h"
+#include "solver/interrupt.h"
 
 namespace py = pybind11;
 
@@ -54,6 +56,19 @@ py::tuple group_units(const std::vector<Product>& products, int64_t target_units
   return py::make_tuple(units, totals.workspace);
 }
 
+// Whether a signal handler has raised, looked for on behalf of code that does not hold the GIL. What it raised is kept for
+// take_interrupt: an exception of Python does not survive the way through torch's dispatcher.
+py::object& interrupt() {
+  static auto* const kept = new py::object(py::none());
+  return *kept;
+}
+bool interrupt_pending() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() == 0) return false;
+  interrupt() = py::error_already_set().value();
+  return true;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -62,5 +77,7 @@ PYBIND11_MODULE(_C, m) {
     const sst::BlockIndex block = sst::triangle_block(index);
     return py::make_tuple(block.row, block.col);
   });
+  sst::interrupt_pending = &interrupt_pending;
+  m.def("take_interrupt", [] { return std::exchange(interrupt(), py::none()); });
   m.def("group_units", &group_units);
 }

@@ -1,0 +1,106 @@
+"""Which method of `solve` takes a pencil: what each can do, and which is fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
+import torch
+from torch import Tensor
+
+from .dense import fused_can, fused_is_slow
+from .operators import Dense, Diagonal, Kronecker, Operator
+from .pencil import Pencil
+from .preconditioners import has_inverse
+from .simplify import simplified
+from .structured import EKFAC, FunctionOperator, Gram
+
+METHODS = ("diagonal", "kronecker", "gram", "fused", "dense", "davidson")
+_CLOSED = METHODS[:3]
+
+
+def choose(pencil: Pencil, k: int, method: str) -> tuple[Pencil, str]:
+    """The simplified pencil and the name of the method that will run, after checking the caller's arguments.
+
+    Returns:
+        A pencil of equal matrices, and one of METHODS.
+
+    Raises:
+        TypeError: if `pencil` is no Pencil or k no integer.
+        ValueError: if k is out of range, or the method unknown or unfit for the pencil.
+    """
+    if not isinstance(pencil, Pencil):
+        raise TypeError(f"solve: pencil must be a Pencil, got {type(pencil).__name__}; write Pencil(A, B)")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"solve: k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= pencil.n:
+        raise ValueError(f"solve: k must be in 1..n with n = {pencil.n}, got k = {k}")
+    structure = Pencil(simplified(pencil.A), simplified(pencil.B))
+    if method == "auto":
+        return structure, _fastest(structure, k)
+    if method not in METHODS:
+        raise ValueError(f"solve: method must be one of {['auto', *METHODS]}, got {method!r}")
+    if not _fits(structure, method):
+        kinds = f"{type(pencil.A).__name__} and {type(pencil.B).__name__}"
+        raise ValueError(
+            f"solve: method {method!r} does not fit A and B, which are {kinds} of {pencil.dtype}; "
+            "use method='auto', or see the table in solve's documentation"
+        )
+    return structure, method
+
+
+def _fits(pencil: Pencil, method: str) -> bool:
+    """Whether `method` can solve a pencil of this structure."""
+    a, b = pencil.A, pencil.B
+    if method == "diagonal":
+        return isinstance(a, Diagonal) and isinstance(b, Diagonal)
+    if method == "kronecker":
+        if isinstance(a, EKFAC) and isinstance(b, EKFAC):
+            return a.left_vectors is b.left_vectors and a.right_vectors is b.right_vectors
+        both = isinstance(a, Kronecker) and isinstance(b, Kronecker)
+        return both and a.left.n == b.left.n
+    if method == "gram":
+        few = isinstance(a, Gram) and a.rows.shape[-2] < a.n
+        return few and bool((a.count > 0).all()) and has_inverse(b)
+    if method == "fused":
+        like = torch.empty(0, dtype=pencil.dtype, device=pencil.device)
+        return not _calls_python(pencil) and fused_can(pencil.n, [like, *_tensors(pencil)])
+    return method == "dense" or not pencil.dtype.is_complex
+
+
+def _fastest(pencil: Pencil, k: int) -> str:
+    """Name of the method that `auto` takes."""
+    for method in _CLOSED:
+        if _fits(pencil, method):
+            return method
+    n, batch = pencil.n, pencil.batch_shape.numel()
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(pencil))
+    if not (pencil.dtype.is_complex or differentiable) and _iteration_pays(pencil, k):
+        return "davidson"
+    return "fused" if not fused_is_slow(n, batch, pencil.device) and _fits(pencil, "fused") else "dense"
+
+
+def _iteration_pays(pencil: Pencil, k: int) -> bool:
+    """Whether iterating beats the whole spectrum, as measured by bench/eigensolver.py."""
+    dense = isinstance(pencil.A, Dense) and isinstance(pencil.B, Dense)
+    return pencil.n >= (1024 if dense else 512) and 16 * k <= pencil.n
+
+
+def _operators(op: Operator) -> Iterator[Operator]:
+    """An operator and its parts."""
+    yield op
+    for field in fields(op) if is_dataclass(op) else ():
+        value = getattr(op, field.name)
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, Operator):
+                yield from _operators(part)
+
+
+def _tensors(pencil: Pencil) -> list[Tensor]:
+    """What A and B are made of."""
+    parts = (op for side in (pencil.A, pencil.B) for op in _operators(side))
+    return [x for op in parts for x in vars(op).values() if isinstance(x, Tensor)]
+
+
+def _calls_python(pencil: Pencil) -> bool:
+    return any(isinstance(op, FunctionOperator) for side in (pencil.A, pencil.B) for op in _operators(side))

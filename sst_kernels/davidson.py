@@ -1,0 +1,175 @@
+"""Block Jacobi–Davidson iteration (csrc/solver) for pencils too large, or too structured, to decompose."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .operators import Dense, Operator
+from .pencil import Pencil
+from .preconditioners import preconditioner
+from .program import Program
+from .result import Counts, Spectrum, Status
+from .scaling import scale_by_power
+
+_NEAR_ONE = 2.0**30  # a dense matrix whose diagonal peaks within this of 1 is iterated with as it is
+_GUARD = 0.75  # the pair after the k-th must meet tol to this power, unless it is well apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class DavidsonOptions:
+    """How method "davidson" iterates; sizes of None are chosen from k.
+
+    Attributes:
+        block: directions added to the search space in an iteration, at most.
+        window: wanted pairs that are sought at once; converged ones are locked where k is more.
+        keep: vectors kept in a restart, more than `window`.
+        capacity: vectors that the search space holds, at least keep + 2 block.
+        max_iterations: limit of all iterations together.
+        inner_steps: most steps of the correction equation's solver, once a pencil proves hard.
+        single_start: whether float64 pencils are first solved in float32 as far as that goes.
+        start: (..., n, m) vectors near the wanted ones, in the batch shape of the pencil, of any length.
+        preconditioner: K⁻¹ ≈ B⁻¹, symmetric positive definite. None means the float32 Cholesky factor of a
+            dense B, else what `sst_kernels.preconditioners.preconditioner` makes of B.
+    """
+
+    block: int | None = None
+    window: int | None = None
+    keep: int | None = None
+    capacity: int | None = None
+    max_iterations: int = 1000
+    inner_steps: int = 8
+    single_start: bool = True
+    start: Tensor | None = None
+    preconditioner: Operator | None = None
+
+    def sizes(self, k: int) -> tuple[int, int, int, int]:
+        """Block, window, keep and capacity for k wanted pairs.
+
+        Raises:
+            ValueError: if they contradict each other.
+        """
+        window = min(k, 48 if self.window is None else self.window)
+        block = min(max(k, 4), 16) if self.block is None else self.block
+        keep = window + min(max(window, 4), 16) if self.keep is None else self.keep
+        capacity = keep + 3 * block if self.capacity is None else self.capacity
+        if not (window >= 1 and block >= 1 and keep > window and capacity >= keep + 2 * block):
+            raise ValueError(
+                "DavidsonOptions: window >= 1, block >= 1, keep > window and capacity >= keep + 2 block must hold, "
+                f"got window = {window}, block = {block}, keep = {keep}, capacity = {capacity}"
+            )
+        return block, window, keep, capacity
+
+
+@torch.no_grad()
+def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOptions) -> Spectrum:
+    """The k largest pairs of A v = λ B v by block Jacobi–Davidson iteration; see csrc/solver/davidson.h.
+
+    Args:
+        pencil: real; A ⪰ 0 and B ≻ 0 for the iteration to find the largest.
+        k: number of pairs.
+        tol: backward error at which a pair has converged.
+        seed: of the random start.
+        options: see `DavidsonOptions`.
+
+    Returns:
+        k + 1 values or more, k vectors, and certificates from products with those vectors. A, B and K⁻¹ are
+        applied to some 4k to 20k columns. Memory beside the operators: 3 (capacity + k) n; for a dense B the
+        float32 factor, n² entries, and, with `single_start`, float32 copies of A and B.
+
+    Raises:
+        ValueError: for complex pencils, and options that contradict each other.
+        BaseException: what a Python callable among the operators raises, or a signal handler.
+    """
+    if pencil.dtype.is_complex:
+        raise ValueError(f"solve: method 'davidson' must have float32 or float64, got {pencil.dtype}; use method='dense'")
+    n, shape = pencil.n, pencil.batch_shape
+    block, window, keep, capacity = options.sizes(k)
+    (a, a_exponent), (b, b_exponent) = _near_one(pencil.A), _near_one(pencil.B)
+    program = Program(shape)
+    codes = [program.encode(a), program.encode(b), _encode_inverse(program, b, options)]
+    rows, fresh = _random_rows(pencil, max(window + 1, block), seed)
+    if options.start is not None:
+        rows = _start_rows(options.start, rows, shape)
+    single = options.single_start and pencil.dtype == torch.float64 and not program.calls_python
+    numbers = [k, block, keep, capacity, window, options.max_iterations, options.inner_steps]
+    flags = [int(single), int(options.start is not None)]
+    theta, rows, errors, orthogonality, state, counts, history = _run(
+        program, codes, rows, fresh, numbers + flags, [tol, tol**_GUARD]
+    )
+    power = (a_exponent - b_exponent).expand(shape)
+    values = scale_by_power(theta.reshape(*shape, -1), power[..., None])
+    vectors = rows[:, :k].mT.reshape(*shape, n, k)
+    vectors = scale_by_power(vectors, -(b_exponent // 2).expand(shape)[..., None, None])
+    status, guard_error = state.to(pencil.device).reshape(*shape, 2).unbind(-1)
+    rounding = n * torch.finfo(pencil.dtype).eps * values.abs().amax(-1)
+    return Spectrum(
+        values.to(pencil.dtype),
+        vectors,
+        torch.maximum(rounding, scale_by_power(guard_error, power)),
+        status.long() & ~int(Status.CONVERGED),
+        errors[:, :k].reshape(*shape, k).to(pencil.dtype),
+        orthogonality.reshape(shape).to(pencil.dtype),
+        Counts(*(int(x) for x in counts)),
+        history,
+    )
+
+
+def _run(
+    program: Program, codes: list[list[int]], rows: Tensor, fresh: Tensor, numbers: list[int], tolerances: list[float]
+) -> list[Tensor]:
+    """The compiled iteration; exceptions of Python code inside of it arrive as they were raised."""
+    with program:
+        try:
+            return torch.ops.sst_kernels._davidson(program.tensors, *codes, rows, fresh, numbers, tolerances)
+        except RuntimeError:
+            error = program.error or _C.take_interrupt()
+            if error is None:
+                raise
+            raise error from None
+
+
+def _near_one(op: Operator) -> tuple[Operator, Tensor]:
+    """The operator itself with exponent 0 if its scale is ordinary, else `normalized`."""
+    if isinstance(op, Dense):
+        peak = op.diagonal().abs().amax(-1)
+        if bool(((peak < _NEAR_ONE) & (peak > 1 / _NEAR_ONE)).all()):
+            return op, torch.zeros(op.batch_shape, dtype=torch.int32, device=op.device)
+    return op.normalized()
+
+
+def _encode_inverse(program: Program, b: Operator, options: DavidsonOptions) -> list[int]:
+    """Code of K⁻¹; empty where the solver factors B."""
+    if options.preconditioner is not None:
+        return program.encode(options.preconditioner)
+    return [] if isinstance(b, Dense) else program.encode(preconditioner(b) or b.identity())
+
+
+def _random_rows(pencil: Pencil, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random rows (N, count, n), the same for each pencil, and others (1, count, n), from a generator of their own."""
+    generator = torch.Generator(pencil.device).manual_seed(seed)
+    shape = (2, 1, count, pencil.n)
+    rows, fresh = torch.randn(shape, generator=generator, dtype=pencil.dtype, device=pencil.device)
+    return rows.expand(math.prod(pencil.batch_shape), -1, -1).contiguous(), fresh
+
+
+def _start_rows(start: Tensor, rows: Tensor, batch_shape: torch.Size) -> Tensor:
+    """The caller's vectors as rows, with random ones behind them if they are too few.
+
+    Raises:
+        ValueError: if their shape, dtype or device do not fit the pencil.
+    """
+    n = rows.shape[-1]
+    fits = start.dim() >= 2 and start.shape[-2] == n and start.dtype == rows.dtype and start.device == rows.device
+    if not fits or start.shape[:-2] != batch_shape:
+        raise ValueError(
+            f"DavidsonOptions: start must be (..., n, m) = {(*batch_shape, n, 'm')} {rows.dtype} on {rows.device}, "
+            f"got {tuple(start.shape)} {start.dtype} on {start.device}"
+        )
+    given = start.reshape(-1, n, start.shape[-1]).mT
+    given = given / torch.linalg.vector_norm(given, dim=-1, keepdim=True)
+    return torch.cat([given, rows[:, given.shape[1] :]], 1).contiguous()
