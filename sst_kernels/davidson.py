@@ -101,6 +101,7 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
     theta, rows, errors, orthogonality, state, counts, history = _run(
         program, codes, rows, fresh, numbers + flags, [tol, tol**_GUARD]
     )
+    *counts, own = (int(x) for x in counts)
     power = (a_exponent - b_exponent).expand(shape)
     values = scale_by_power(theta.reshape(*shape, -1), power[..., None])
     vectors = rows[:, :k].mT.reshape(*shape, n, k)
@@ -112,9 +113,9 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
         vectors,
         torch.maximum(rounding, scale_by_power(guard_error, power)),
         status.long() & ~int(Status.CONVERGED),
-        errors[:, :k].reshape(*shape, k).to(pencil.dtype),
-        orthogonality.reshape(shape).to(pencil.dtype),
-        Counts(*(int(x) for x in counts)),
+        errors[:, :k].reshape(*shape, k).to(pencil.dtype) if own else None,
+        orthogonality.reshape(shape).to(pencil.dtype) if own else None,
+        Counts(*counts),
         history,
     )
 

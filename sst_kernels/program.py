@@ -65,7 +65,8 @@ class Program:
 
     @encode.register
     def _(self, op: Dense) -> list[int]:
-        return [_DENSE, self._place(op.matrix, 2)]
+        matrix = op.matrix if op.matrix.stride(-1) == 1 else op.matrix.contiguous()
+        return [_DENSE, self._place(matrix, 2)]
 
     @encode.register
     def _(self, op: Diagonal) -> list[int]:

@@ -66,6 +66,14 @@ inline Tensor tril(const Tensor& a, int64_t diagonal = 0) {
 inline Tensor diagonal(const Tensor& a) {
   return take(dispatch("aten::diagonal", "", a, int64_t{0}, int64_t{-2}, int64_t{-1})[0]);
 }
+inline Tensor diag_embed(const Tensor& a) {
+  return take(dispatch("aten::diag_embed", "", a, int64_t{0}, int64_t{-2}, int64_t{-1})[0]);
+}
+// NaN and infinities become 0.
+inline Tensor finite_or_zero(const Tensor& a) {
+  const std::optional<double> zero = 0.0;
+  return take(dispatch("aten::nan_to_num", "", a, zero, zero, zero)[0]);
+}
 inline Tensor amin(const Tensor& a, int64_t dim) {
   return take(dispatch("aten::amin", "", a, std::vector<int64_t>{dim}, false)[0]);
 }

@@ -33,7 +33,8 @@ struct RitzMatrix {
 
 // With C = S (BT)ᵀ (m × p), G = T (BT)ᵀ (p × p): Cholesky of the scaled D(G − CᵀC)D with pivoting, D = diag(G)^-½;
 // directions whose pivot is at most `drop` are dropped: zero rows of M, valid = 0. M = L⁻¹ D [−Cᵀ, I], rows in the order of T.
-// indefinite[0] += 1 for each t with tᵀBt < −rounding ‖t‖ ‖Bt‖: B is not positive definite.
+// notes[0] += 1 for each t with tᵀBt < −rounding ‖t‖ ‖Bt‖: B is not positive definite. notes[1] = the largest 1/pivot so
+// far: by its root, BT may lose accuracy when it is carried along.
 struct Orthonormalizer {
   int64_t batch, m, p;
   const double *c, *g;      // (batch, m, p), (batch, p, p)
@@ -43,7 +44,7 @@ struct Orthonormalizer {
   double* out;         // (batch, p, m + p)
   double* valid;       // (batch, p), stride valid_batch
   int64_t valid_batch;
-  double* indefinite;  // (batch)
+  double* notes;       // (batch, 2)
 };
 
 // What judge tells the host of each pencil.

@@ -97,7 +97,7 @@ SST_DEVICE void orthonormalizer(Block& block, const Orthonormalizer& args, int64
         const double bound = args.rounding * args.rounding * args.magnitude[pencil * p + i];
         negative += g[i * p + i] * g[i * p + i] > bound;
       }
-      args.indefinite[pencil] += negative;
+      args.notes[2 * pencil] += negative;
     }
   });
   block.barrier();
@@ -111,6 +111,7 @@ SST_DEVICE void orthonormalizer(Block& block, const Orthonormalizer& args, int64
       if (best < 0) return;
       order[s] = static_cast<double>(best);
       factor[best * p + s] = std::sqrt(pivot[best]);
+      if (args.notes[2 * pencil + 1] * pivot[best] < 1) args.notes[2 * pencil + 1] = 1 / pivot[best];
       pivot[best] = -1;
       valid[best] = 1;
     });

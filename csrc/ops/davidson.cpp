@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
+#include <optional>
 
 #include "checks.h"
 #include "solver/cholesky.h"
@@ -37,7 +38,7 @@ void blank(const Solution& s, int64_t i) {
 }
 
 // Outputs: θ (N, r), vectors (N, r, n), η (N, r), B-orthogonality (N), status bits and the error of the guard (N, 2), counts of
-// columns multiplied by A, B and K⁻¹ and of iterations (4), history (iterations, 3): pencils in the batch, pairs not converged, the largest η.
+// columns multiplied by A, B and K⁻¹ and of iterations, and whether η and the B-orthogonality are those of the pencil itself (5), history (iterations, 3): pencils in the batch, pairs not converged, the largest η.
 std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& a_code,
                                 const std::vector<int64_t>& b_code, const std::vector<int64_t>& inverse_code,
                                 const Tensor& rows, const Tensor& fresh, const std::vector<int64_t>& numbers,
@@ -45,6 +46,8 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
   if (numbers.size() != kOptionCount || tolerances.size() != 2) fail("_davidson: wrong number of options");
   Pencil pencil{parse_whole(a_code, tensors), parse_whole(b_code, tensors), nullptr};
   const int64_t batch = rows.size(0);
+  bool single = numbers[kMixed] != 0;
+  std::optional<Tensor> factor;  // of an ill-conditioned B: the pencil is solved as L⁻¹AL⁻ᵀ y = θ y, x = L⁻ᵀy
   std::vector<int64_t> good;
   std::vector<double> status(batch, 0), guard_error(batch, 0);
   if (inverse_code.empty()) {
@@ -52,6 +55,7 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
     if (!matrix) fail("_davidson: without a preconditioner B must be dense");
     const CholeskyInverse found = cholesky_inverse(*matrix);
     pencil.inverse = found.inverse;
+    if (!found.single && dense_matrix(*pencil.a)) factor = found.factor;
     for (int64_t i = 0; i < batch; ++i) {
       const Definiteness definiteness = found.definiteness[i];
       if (definiteness == Definiteness::positive) good.push_back(i);
@@ -67,8 +71,8 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
     throw_if_interrupted();
     double unconverged = 0, worst = 0;
     for (int64_t i = 0; i < pencils; ++i) {
-      unconverged += report[i * kReportSize + kUnconverged];
-      worst = std::max(worst, report[i * kReportSize + kWorst]);
+      unconverged += report[i * kReported + kUnconverged];
+      worst = std::max(worst, report[i * kReported + kWorst]);
     }
     history.insert(history.end(), {static_cast<double>(pencils), unconverged, worst});
   };
@@ -83,14 +87,22 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
   s.b_orthogonality = torch::stable::new_zeros(rows, {batch}, ScalarType::Double);
   if (!good.empty()) {
     const bool whole = static_cast<int64_t>(good.size()) == batch;
-    Tensor start = rows;
+    Tensor start = rows, random = fresh;
     if (!whole) {
       const Tensor index = index_tensor(good, rows);
       pencil = {pencil.a->select(index), pencil.b->select(index), pencil.inverse->select(index)};
       start = aten::index_select(rows, 0, index);
+      if (factor) factor = aten::index_select(*factor, 0, index);
     }
-    const Solution found =
-        solve(pencil, start, numbers[kWarm] != 0, fresh, options, numbers[kMixed] != 0, observer);
+    if (factor) {
+      const OperatorPtr identity = identity_operator(*factor);
+      pencil = {dense_operator(congruence(*dense_matrix(*pencil.a), *factor)), identity, identity};
+      start = aten::to_dtype(start, ScalarType::Double);
+      random = aten::to_dtype(fresh, ScalarType::Double);
+      if (numbers[kWarm] != 0) start = aten::matmul(start, *factor);
+    }
+    Solution found = solve(pencil, start, numbers[kWarm] != 0, random, options, single && !factor, observer);
+    if (factor) found.vectors = aten::to_dtype(solve_adjoint(*factor, found.vectors), rows.scalar_type());
     s.counts = found.counts;
     for (size_t i = 0; i < good.size(); ++i) {
       status[good[i]] = static_cast<double>(found.outcome[i]);
@@ -114,7 +126,9 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
   for (int64_t i = 0; i < batch; ++i) state.insert(state.end(), {status[i], guard_error[i]});
   const auto count = [](int64_t x) { return static_cast<double>(x); };
   return {s.theta, s.vectors, s.eta, s.b_orthogonality, doubles(state, {batch, 2}),
-          doubles({count(s.counts.a), count(s.counts.b), count(s.counts.inverse), count(s.counts.iterations)}, {4}),
+          doubles({count(s.counts.a), count(s.counts.b), count(s.counts.inverse), count(s.counts.iterations),
+                   factor ? 0.0 : 1.0},
+                  {5}),
           doubles(history, {static_cast<int64_t>(history.size() / 3), 3})};
 }
 

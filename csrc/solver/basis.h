@@ -18,7 +18,8 @@ class Basis {
 
   // Adds the rows T (N, p, n), made B-orthonormal to all vectors and each other: T ← M [S; T] with BT carried by the
   // same M, twice; then AT. Directions that vanish become zero rows, marked as no vectors.
-  void append(Tensor t, const Operator& a, const Operator& b);
+  // With `careful`, B is applied once more after the first of these.
+  void append(Tensor t, const Operator& a, const Operator& b, bool careful);
 
   SmallEigen rayleigh_ritz() const;
 
@@ -33,7 +34,7 @@ class Basis {
   void select(const Tensor& index);
 
   Tensor locked_rows(Part part) const { return narrow_rows(part, 0, locked_); }
-  const Tensor& indefinite() const { return indefinite_; }  // (N) float64: directions seen with vᵀBv < 0
+  const Tensor& notes() const { return notes_; }  // (N, 2) float64, of the orthonormalizer
 
 
  private:
@@ -43,7 +44,7 @@ class Basis {
   int64_t n_, capacity_, locked_ = 0, size_ = 0;
   Tensor parts_[3];  // (N, capacity, n)
   Tensor h_;         // (N, capacity, capacity) float64, lower triangle, of V alone
-  Tensor valid_, indefinite_;
+  Tensor valid_, notes_;
   double drop_;
 };
 

@@ -18,8 +18,14 @@ class Projected {
   Projected(const OperatorPtr& inverse, const Tensor& q, const Tensor& bq) : inverse_(inverse), q_(q), bq_(bq) {
     z_ = inverse_->apply(bq);
     // QᵀBZ = (BQ)ᵀ K⁻¹ (BQ) is symmetric positive definite.
-    const Tensor m = matmul(to_dtype(bq_, ScalarType::Double), transposed(to_dtype(z_, ScalarType::Double)));
-    factor_ = aten::cholesky_ex(m).first;
+    Tensor m = matmul(to_dtype(bq_, ScalarType::Double), transposed(to_dtype(z_, ScalarType::Double)));
+    // Rows of Q that are no vectors are zero: ones in their place on the diagonal.
+    const Tensor diagonal = aten::diagonal(m), none = torch::stable::new_zeros(m, {1});
+    const Tensor one = torch::stable::full({1}, 1.0, ScalarType::Double, std::nullopt, m.device());
+    m = add(m, aten::diag_embed(aten::where(aten::gt(diagonal, none), none, one)));
+    const auto [factor, info] = aten::cholesky_ex(m);
+    factor_ = factor;
+    failed_ = aten::unsqueeze(aten::unsqueeze(aten::gt(info, torch::stable::new_zeros(info, {1})), 1), 2);
   }
   // K̃⁻¹g.
   Tensor precondition(const Tensor& g) const {
@@ -27,7 +33,8 @@ class Projected {
     const Tensor c = matmul(to_dtype(y, ScalarType::Double), transposed(to_dtype(bq_, ScalarType::Double)));
     // c (LLᵀ)⁻¹, rows from the right.
     const Tensor half = aten::solve_triangular(transposed(factor_), c, true, false);
-    const Tensor coefficients = aten::solve_triangular(factor_, half, false, false);
+    const Tensor solved = aten::solve_triangular(factor_, half, false, false);
+    const Tensor coefficients = aten::where(failed_, torch::stable::new_zeros(solved, {1, 1, 1}), solved);
     return subtract(y, matmul(to_dtype(coefficients, y.scalar_type()), z_));
   }
   // (I − BQQᵀ) y.
@@ -35,7 +42,7 @@ class Projected {
 
  private:
   OperatorPtr inverse_;
-  Tensor q_, bq_, z_, factor_;
+  Tensor q_, bq_, z_, factor_, failed_;  // failed (N, 1, 1): no factor, and no projection of K⁻¹
 };
 
 }  // namespace

@@ -17,6 +17,7 @@ using aten::slice, aten::to_dtype;
 // Progress, in units of log η summed over the window, that counts as such; and by how many iterations it must come.
 constexpr double kLeastProgress = 0.5;
 constexpr int64_t kFreshDirections = 1;  // times that a stagnating pencil gets random directions before it ends
+constexpr double kLossy = 1e4;         // 1/pivot above which B is applied twice in an iteration
 constexpr double kAccepted = 10;         // times tol: a stagnated pencil is let go at once below this
 
 // A pencil proves hard when this many iterations did not solve it: then the correction equation is solved in steps, and,
@@ -53,11 +54,11 @@ class Iteration {
     for (int64_t iteration = 0;; ++iteration) {
       const SmallEigen ritz = basis_.rayleigh_ritz();
       const Pairs pairs = residuals(ritz);
-      const Tensor report = aten::on_host(pairs.judgement.report);
-      const Tensor indefinite = aten::on_host(basis_.indefinite());
+      // The one synchronisation with the device.
+      const Tensor report = aten::on_host(aten::cat({pairs.judgement.report, basis_.notes()}, 1));
       const double* const reports = static_cast<const double*>(report.const_data_ptr());
       observer_(reports, active());
-      const Step step = decide(reports, static_cast<const double*>(indefinite.const_data_ptr()), iteration);
+      const Step step = decide(reports, iteration);
       if (step.any_finished) store(ritz, pairs);
       if (step.remaining == 0) return std::move(found_);
       const int64_t block = std::min(options_.block, step.block);
@@ -90,9 +91,9 @@ class Iteration {
   int64_t active() const { return static_cast<int64_t>(progress_.size()); }
 
   void expand(const Tensor& t) {
-    basis_.append(t, *pencil_.a, *pencil_.b);
+    basis_.append(t, *pencil_.a, *pencil_.b, careful_);
     counts_.a += t.size(1);
-    counts_.b += t.size(1);
+    counts_.b += careful_ ? 2 * t.size(1) : t.size(1);
   }
 
   // The leading Ritz pairs, as many as are needed to judge the window and to fill a block, with residuals.
@@ -115,18 +116,19 @@ class Iteration {
   }
 
   // What to do next, from the reports of the pencils.
-  Step decide(const double* reports, const double* indefinite, int64_t iteration) {
+  Step decide(const double* reports, int64_t iteration) {
     Step step;
     const int64_t missing = options_.k - basis_.locked(), window = std::min(options_.window, missing);
     int64_t leading = window;
     for (int64_t i = 0; i < active(); ++i) {
       Progress& pencil = progress_[i];
       if (pencil.finished) continue;
-      const double* const report = reports + i * kReportSize;
+      const double* const report = reports + i * kReported;
+      careful_ = careful_ || report[kReportSize + 1] > kLossy;
       const bool found = report[kLeading] >= static_cast<double>(missing);
       if (report[kBroken] > 0) {
         finish(i, Outcome::non_finite);
-      } else if (indefinite[i] > 0) {
+      } else if (report[kReportSize] > 0) {
         finish(i, Outcome::not_positive_definite);
       } else if (found && report[kGuard] == 0) {
         finish(i, Outcome::converged);
@@ -201,7 +203,7 @@ class Iteration {
       const int64_t count = previous_->size(1), m = basis_.size();
       const Tensor zeros = torch::stable::new_zeros(*previous_, {active(), count, m - previous_->size(2)});
       Tensor p = aten::cat({*previous_, zeros}, 2), p_valid;
-      Tensor unused = torch::stable::new_zeros(valid, {active()});
+      Tensor unused = torch::stable::new_zeros(valid, {active(), 2});
       for (int pass = 0; pass < 2; ++pass) {
         const Tensor columns = aten::transposed(p);
         const Orthonormal o = orthonormalizer(aten::matmul(coefficients, columns), aten::matmul(p, columns), nullptr,
@@ -263,6 +265,7 @@ class Iteration {
       counts_.inverse += steps * block + q.size(1);
     }
     counts_.inverse += block;
+    t = aten::finite_or_zero(t);
     return aten::add(t, aten::mul(fresh_rows(block), factors(pairs.judgement.refill)));
   }
 
@@ -310,7 +313,7 @@ class Iteration {
   Found found_;
   std::optional<Tensor> previous_;     // (N, p, m of then): coefficients of the block before
   Tensor locked_theta_, locked_eta_;   // (N, locked)
-  bool restarted_ = false;
+  bool restarted_ = false, careful_ = false;
   bool separable_ = pencil_.a->separable() && pencil_.b->separable() && pencil_.inverse->separable();
 };
 

@@ -42,7 +42,9 @@ struct Found {
   std::vector<bool> certified;      // converged already by the products of the start: with nothing carried
 };
 
-// Called once an iteration with the reports (N, kReportSize); it may throw to end the iteration.
+constexpr int64_t kReported = kReportSize + 2;  // a report, and the notes of the orthonormalizer
+
+// Called once an iteration with the reports (N, kReported); it may throw to end the iteration.
 using Observer = std::function<void(const double* report, int64_t pencils)>;
 
 // From the rows `start` (N, p, n); `fresh` (N, q, n) are random rows for a pencil that stagnates. `norms` (N, 2), estimates of

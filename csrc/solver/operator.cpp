@@ -10,7 +10,8 @@ namespace {
 
 using aten::matmul, aten::mul, aten::transposed, aten::to_dtype;
 
-Tensor select_batch(const Tensor& x, const Tensor& index) { return aten::index_select(x, 0, index); }
+// A tensor of batch 1 serves every pencil.
+Tensor select_batch(const Tensor& x, const Tensor& index) { return x.size(0) == 1 ? x : aten::index_select(x, 0, index); }
 
 // An operator that is a list of tensors with a rule: `Derived` has a constructor from them, and apply.
 template <class Derived, size_t kTensors>
@@ -236,6 +237,13 @@ OperatorPtr parse_operator(const std::vector<int64_t>& code, const std::vector<T
   }
   throw std::invalid_argument("_davidson: unknown code of an operator");
 }
+
+OperatorPtr identity_operator(const Tensor& like) {
+  const Tensor one = torch::stable::full({1, 1, 1}, 1.0, like.scalar_type(), std::nullopt, like.device());
+  return std::make_shared<Diagonal>(std::array{one});
+}
+
+OperatorPtr dense_operator(const Tensor& matrix) { return std::make_shared<Dense>(std::array{matrix}); }
 
 const Tensor* dense_matrix(const Operator& op) {
   const auto* dense = dynamic_cast<const Dense*>(&op);

@@ -48,6 +48,11 @@ enum class Code : int64_t {
 // Reads one operator from code[at…], and moves `at` past it. Throws std::invalid_argument.
 OperatorPtr parse_operator(const std::vector<int64_t>& code, const std::vector<Tensor>& tensors, size_t& at);
 
+// I, of the dtype and on the device of `like`.
+OperatorPtr identity_operator(const Tensor& like);
+
+// The symmetric matrix whose lower triangle is that of `matrix` (N, n, n).
+OperatorPtr dense_operator(const Tensor& matrix);
 // The triangle of a dense operator (N, n, n), or null.
 const Tensor* dense_matrix(const Operator& op);
 

@@ -49,7 +49,7 @@ SmallEigen ritz_pairs(const Tensor& h, const Tensor& valid) {
 }
 
 Orthonormal orthonormalizer(const Tensor& c, const Tensor& g, const Tensor* magnitude, double drop, double rounding,
-                            Tensor indefinite) {
+                            Tensor notes) {
   const int64_t batch = g.size(0), m = c.size(1), p = g.size(1);
   const Tensor work = new_double(g, {batch, 2 * p + 3, p}), out = new_double(g, {batch, p, m + p});
   const Tensor valid = new_double(g, {batch, p}), c_rows = torch::stable::contiguous(c);
@@ -58,7 +58,7 @@ Orthonormal orthonormalizer(const Tensor& c, const Tensor& g, const Tensor* magn
                              .magnitude = magnitude ? doubles(*magnitude) : nullptr, .drop = drop,
                              .rounding = rounding, .work = doubles(work), .out = doubles(out),
                              .valid = doubles(valid), .valid_batch = valid.stride(0),
-                             .indefinite = doubles(indefinite)};
+                             .notes = doubles(notes)};
   SST_RUN(orthonormalizer, args, 2 * m * p * p, g);
   return {aten::slice(out, 2, 0, m), aten::slice(out, 2, m, p), valid};
 }

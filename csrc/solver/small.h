@@ -23,9 +23,9 @@ struct Orthonormal {
   Tensor valid;               // (N, p) float64
 };
 // Coefficients that make T B-orthonormal to itself and to S, from C = S (BT)ᵀ (N, m, p) and G = T (BT)ᵀ (N, p, p).
-// `magnitude` (N, p), ‖t‖² ‖Bt‖², may be null; `indefinite` (N) counts directions with vᵀBv < 0.
+// `magnitude` (N, p), ‖t‖² ‖Bt‖², may be null; `notes` (N, 2): see kernels/ritz.h.
 Orthonormal orthonormalizer(const Tensor& c, const Tensor& g, const Tensor* magnitude, double drop, double rounding,
-                            Tensor indefinite);
+                            Tensor notes);
 
 struct Judgement {
   Tensor eta;     // (N, w) float64

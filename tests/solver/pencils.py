@@ -13,7 +13,7 @@ import scipy.linalg
 
 from sst_kernels.result import Status
 
-METHODS = ["dense"]  # whose results test_spectra.py and test_property.py hold to the bars
+METHODS = ["dense", "davidson"]  # whose results test_spectra.py and test_property.py hold to the bars
 
 
 class Known(NamedTuple):
