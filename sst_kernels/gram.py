@@ -16,8 +16,10 @@ from .pencil import Pencil
 from .preconditioners import eigh, factored_inverse
 from .result import Spectrum, Status
 from .scaling import start_block
+from .simplify import converted
 
 _REFINEMENTS = 3  # of B⁻¹Jᴴ: each takes its error times cond(B)·eps, and makes one more derivative right
+_HEAVY = 1e-4  # share of λ₁ from which on a λ shows in the residual of a null vector
 _PASSES = 3  # of Cholesky QR, the first one shifted (Fukaya et al. 2020)
 
 
@@ -25,7 +27,8 @@ def gram(pencil: Pencil, k: int) -> Spectrum:
     """The k largest pairs of A v = λ B v for A = JᴴJ/N, exact, without forming n × n.
 
     Beyond the rank of J, λ = 0: random vectors, made B-orthogonal to the others, which puts them
-    into the null space of J.
+    into the null space of J. A batch in single precision is solved again in double where a
+    backward error or VᴴBV − I of it asks for that: an ill-conditioned B.
 
     Args:
         pencil: A a Gram operator with N < n and positive counts, B one that `inverse` can invert.
@@ -36,6 +39,25 @@ def gram(pencil: Pencil, k: int) -> Spectrum:
         products with it and three with B for N columns, 2N²n flops, an eigenproblem of order N,
         10nk² flops; memory 3Nn + 3nk entries and those of B⁻¹.
     """
+    found = _gram(pencil, k)
+    double = torch.promote_types(pencil.dtype, torch.float64)
+    if pencil.dtype == double or not _is_poor(pencil, found, k):
+        return found
+    redone = _gram(Pencil(converted(pencil.A, double), converted(pencil.B, double)), k)
+    values, vectors, uncertainty = (new.to(old.dtype) for new, old in zip(redone[:3], found[:3], strict=True))
+    return Spectrum(values, vectors, uncertainty, redone.status)
+
+
+@torch.no_grad()
+def _is_poor(pencil: Pencil, found: Spectrum, k: int) -> bool:
+    """Whether a pair of the batch, faulty pencils aside, misses the accuracy of its dtype."""
+    errors = pencil.backward_errors(found.values[..., :k], found.vectors).amax(-1)
+    loose = pencil.b_orthogonality(found.vectors) > 10 * pencil.n * torch.finfo(pencil.dtype).eps
+    return bool(((errors > pencil.tolerance) | loose).any())
+
+
+def _gram(pencil: Pencil, k: int) -> Spectrum:
+    """The method itself, in the precision of the pencil; see `gram`."""
     a, b = pencil.A, pencil.B
     found = factored_inverse(b)
     infinite = ~torch.isfinite(a.rows).flatten(-2).all(-1) | torch.isnan(a.count)
@@ -46,8 +68,7 @@ def gram(pencil: Pencil, k: int) -> Spectrum:
         solved = solved + found.operator @ (rows.mH - b @ solved)
     mu, w, unfinished = eigh((rows @ solved) / a.count[..., None, None])
     mu, w = mu.flip(-1), w.flip(-1)
-    start = _candidates(solved, mu, w, a.count, found.operator @ start_block(b, k))
-    basis = _b_orthonormal(b, start)
+    basis = _b_orthonormal(b, _candidates(solved, mu, w, a.count, found.operator @ start_block(b, k)))
     half = rows @ basis
     values, y, unfinished_too = eigh((half.mH @ half) / a.count[..., None, None])
     values, vectors = values.flip(-1), basis @ y.flip(-1)
@@ -86,14 +107,15 @@ def _zero(mu: Tensor) -> Tensor:
 
 
 def _range_part(solved: Tensor, mu: Tensor, w: Tensor, count: Tensor, image: Tensor) -> Tensor:
-    """B⁻¹JᴴM⁺(Ju)/N from Ju: what keeps u from the null space of J, as B-orthogonality cannot see it.
+    """Σ v_i (v_iᴴBu) over the heavy λ_i, found as B⁻¹Jᴴw_i (w_iᴴJu)/(Nλ_i) from Ju.
 
-    A part of eps along v₁ is rounding in B's norm, but not in A u where ‖v₁‖ is far above ‖u‖.
+    What is left of v_i in u is rounding in B's norm, but λ_i‖Bv_i‖ times that in A u; Ju shows it
+    with all its digits. For light λ_i it is Ju whose rounding would be magnified.
 
     Returns:
         (..., n, k), to be subtracted from u.
     """
-    inverse = torch.where(mu > _zero(mu), mu, torch.inf).reciprocal() / count[..., None]
+    inverse = torch.where(mu > _HEAVY * mu[..., :1], mu, torch.inf).reciprocal() / count[..., None]
     return solved @ (w @ (inverse[..., None] * (w.mH @ image)))
 
 

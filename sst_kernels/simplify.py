@@ -6,6 +6,7 @@ Structure methods look at what is left: Scaled, Damped and Sum remain only where
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +36,27 @@ def simplified(operator: Operator) -> Operator:
     if isinstance(operator, Kronecker):
         return Kronecker(simplified(operator.left), simplified(operator.right))
     return operator
+
+
+def converted(operator: Operator, dtype: torch.dtype) -> Operator:
+    """The same operator in another precision.
+
+    Args:
+        operator: any but a callable.
+        dtype: real or complex as the operator's own.
+
+    Returns:
+        Its copy; real parts, such as counts and damping, in the real dtype of that precision.
+    """
+
+    def part(x: object) -> object:
+        if isinstance(x, Operator):
+            return converted(x, dtype)
+        if isinstance(x, tuple):
+            return tuple(converted(term, dtype) for term in x)
+        return x if x is None else x.to(dtype if x.dtype == operator.dtype else dtype.to_real())
+
+    return replace(operator, **{field.name: part(getattr(operator, field.name)) for field in fields(operator)})
 
 
 def _scaled(operator: Operator, c: Tensor) -> Operator:

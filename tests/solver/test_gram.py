@@ -117,13 +117,36 @@ def test_little_damping_of_the_same_rows(gamma):
     torch.testing.assert_close(1 - result.values, gamma / (sigma2 + gamma), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("k", [3, 30])
+def test_graded_rows_and_an_ill_conditioned_b(k):
+    """λ over 12 decades: null vectors made from J alone would lose VᵀBV = I (3e-2 was seen)."""
+    rows = draw(8, 30) * torch.logspace(0, -6, 8, dtype=F64)[:, None]
+    b = Diagonal(torch.logspace(0, -4, 30, dtype=F64))
+    result = solve(Pencil(Gram(rows), b), k)
+    assert result.status.item() == GOOD and result.b_orthogonality < 1e-13
+    s = torch.linalg.svdvals(rows * b.entries.rsqrt())
+    np.testing.assert_allclose(result.values[:3], s[:3] ** 2 / 8, rtol=1e-11)
+    assert (result.values[8:] < 1e-14 * result.values[0]).all()
+
+
+def test_single_precision_with_an_ill_conditioned_b_is_solved_in_double():
+    """cond(B) = 10⁹ is beyond float32, but not beyond its stored entries in float64."""
+    rows, benign = draw(6, 40).float(), draw(3, 40, seed=1).float()
+    pencil = Pencil(Gram(rows), Damped(Gram(benign), 1e-8))
+    result = solve(pencil, 4)
+    assert result.values.dtype == result.vectors.dtype == torch.float32
+    assert result.status.item() == GOOD
+    gamma = pencil.B.damping.double().item()
+    expected = oracle(rows.double().numpy(), benign.double().numpy(), gamma)[:4]
+    np.testing.assert_allclose(result.values, expected, rtol=1e-5)
+
+
 def test_rows_that_depend_on_one_another():
     """Rank 3 of 6 rows: four positive definite directions less than k, filled from the null space."""
     rows = draw(6, 3) @ draw(3, 30, seed=1)
-    b = right_sides(F64)
     result = solve(Pencil(Gram(rows), Diagonal(draw(30).abs() + 0.1)), 5)
     assert result.status.item() == Status.CONVERGED | Status.CLUSTER_AT_K
-    assert (result.values[:3] > 1e-3).all() and (result.values[3:] == 0).all() and b
+    assert (result.values[:3] > 1e-3).all() and (result.values[3:] == 0).all()
     assert torch.linalg.norm(rows @ result.vectors[:, 3:]) < 1e-12
     assert result.b_orthogonality < 1e-13
 
