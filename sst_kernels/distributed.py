@@ -74,7 +74,7 @@ def solve_distributed(pencil: Pencil, k: int, *, group: dist.ProcessGroup | None
     whole["counts"] = Counts(
         *(max(column) for column in zip(*(theirs["counts"] for _, theirs in everyone), strict=True))
     )
-    return EigenResult(**{name: x.reshape(*pencil.batch_shape, *x.shape[1:]) for name, x in rows.items()}, **whole)
+    return EigenResult(**{name: x.reshape(pencil.batch_shape + x.shape[1:]) for name, x in rows.items()}, **whole)
 
 
 def pencils_of(pencil: Pencil, start: int, stop: int) -> Pencil:
