@@ -7,6 +7,7 @@ import torch  # noqa: F401  (first: it loads libtorch, which the compiled module
 from ._C import build_info
 from .accumulate import AccumulatorOptions, FactorAccumulator
 from .combined import Damped, Scaled, Sum
+from .distributed import solve_distributed
 from .eigh import eigh
 from .eigh_topk import eigh_topk
 from .factors import Factors
@@ -55,6 +56,7 @@ __all__ = [
     "kron_accumulate_",
     "pack_lower",
     "solve",
+    "solve_distributed",
     "symm_thin",
     "symm_thin_pair",
     "symmetrize_",

@@ -86,7 +86,9 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
         BaseException: what a Python callable among the operators raises, or a signal handler.
     """
     if pencil.dtype.is_complex:
-        raise ValueError(f"solve: method 'davidson' must have float32 or float64, got {pencil.dtype}; use method='dense'")
+        raise ValueError(
+            f"solve: method 'davidson' must have float32 or float64, got {pencil.dtype}; use method='dense'"
+        )
     n, shape = pencil.n, pencil.batch_shape
     block, window, keep, capacity = options.sizes(k)
     (a, a_exponent), (b, b_exponent) = _near_one(pencil.A), _near_one(pencil.B)

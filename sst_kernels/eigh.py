@@ -40,11 +40,11 @@ def eigh(
     solved.
 
     Derivatives, forward and reverse, of first and second order, flow to the triangle that is read.
-    Pairs of equal eigenvalues are left out of first derivatives, which is right for functions of
-    whole eigenspaces, such as V f(w) Vᴴ; a RuntimeWarning says so of others. Second derivatives
-    lack such pairs. Faulty pencils have derivative zero. Under `torch.vmap` the mapped pencils are
-    a batch. Under `torch.compile` the same errors and warnings come at run time, except that
-    `subset_by_value`, whose shape depends on data, works under neither.
+    At equal eigenvalues first derivatives hold for symmetric functions of the eigenvalues and for
+    projectors V Vᴴ on whole eigenspaces; what else would need the parts within an eigenspace, which
+    are taken as 0, is told of by a RuntimeWarning (in reverse mode). Faulty pencils have derivative zero. Under
+    `torch.vmap` the mapped pencils are a batch. Under `torch.compile` the same errors and warnings
+    come at run time. `subset_by_value`, whose shape depends on data, works under neither.
 
     Args:
         a: (..., n, n) Hermitian: a tensor, or anything numpy reads. float32, float64, complex64,

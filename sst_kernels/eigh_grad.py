@@ -1,14 +1,15 @@
 """The differentiable op behind `eigh`: pencils with their whole spectrum known.
 
-With E_ji = 1/(λ_i − λ_j), 0 where λ_i = λ_j to working accuracy, and type 1 of the problem (for
-types 2 and 3 see the equations in the code):
+With E_ji = 1/(λ_i − λ_j), 0 where λ_i = λ_j to working accuracy, D = 1 where E = 0 and 0 elsewhere,
+and type 1 of the problem (for types 2 and 3 see the code):
 
-- dλ_i = v_iᴴ(dA − λ_i dB)v_i, dV = V(E ∘ VᴴM) − ½ V diag(VᴴdBV) with M = dA V − dB VΛ;
-- with Y = V(diag λ̄ + E ∘ VᴴV̄): Ā = sym(Y Vᴴ), B̄ = −sym((YΛ + ½ V diag(VᴴV̄)) Vᴴ).
+- dλ_i = v_iᴴ(dA − λ_i dB)v_i, dV = V(E ∘ VᴴM − ½ D ∘ VᴴdBV) with M = dA V − dB VΛ;
+- with Y = V(diag λ̄ + E ∘ W), W = VᴴV̄: Ā = sym(Y Vᴴ), B̄ = −sym((YΛ + ½ V(D ∘ W)) Vᴴ).
 
-Dropped pairs are right for functions that do not depend on the choice of vectors within an
-eigenspace, as V f(Λ) Vᴴ does not; otherwise a warning says so. Giles (2008), "An extended
-collection of matrix derivative results", sec. 3.1, for type 1 with B = I and distinct λ.
+Two vectors of one eigenspace are not told apart by this. First derivatives hold there for symmetric
+functions of the eigenvalues and for projectors V Vᴴ on whole eigenspaces; a function V f(Λ) Vᴴ would need
+f′(λ) within the eigenspace, which no cotangent of (λ, V) carries. A warning says so. Giles (2008), "An extended
+collection of matrix derivative results", sec. 3.1, has type 1 with B = I and distinct λ.
 """
 
 from __future__ import annotations
@@ -42,21 +43,24 @@ def separation(values: Tensor) -> Tensor:
 def _inverse_gaps_kernel(values: Tensor, coupling: Tensor, again: bool) -> Tensor:
     gap = values[..., None, :] - values[..., :, None]
     equal = gap.abs() <= separation(values)[..., None]
-    mismatch = torch.where(equal, (coupling - coupling.mH).abs(), 0)
     allowed = torch.finfo(values.dtype).eps ** 0.5 * coupling.abs().amax((-2, -1), keepdim=True)
-    if (mismatch > allowed).any():
+    if (equal & ((coupling - coupling.mH).abs() > allowed)).any():
         warn(
             "eigh: the loss depends on the choice of vectors within an eigenspace (equal eigenvalues, or the "
             "phase of a complex vector), where their derivative does not exist and is taken as 0; use projectors "
-            "V Vᴴ of whole eigenspaces, or perturb the pencil"
+            "V Vᴴ on whole eigenspaces, or perturb the pencil"
         )
-    if again:
-        touched = (coupling != 0).any(-2)
+    else:
         others = equal & ~torch.eye(values.shape[-1], dtype=torch.bool, device=values.device)
-        if (others & (touched[..., None, :] | touched[..., :, None])).any():
+        own = coupling.diagonal(dim1=-2, dim2=-1).real
+        joined = ((coupling + coupling.mH).abs() > allowed) | ((own[..., None] - own[..., None, :]).abs() > allowed)
+        touched = (coupling != 0).any(-2)
+        if (others & (joined | (again & (touched[..., None] | touched[..., None, :])))).any():
             warn(
-                "eigh: eigenvalues are equal: if this gradient is differentiated again, the part of equal pairs "
-                "is missing; first derivatives are whole. Perturb the pencil for second derivatives"
+                "eigh: eigenvalues are equal to working accuracy. First derivatives hold for functions of the "
+                "eigenvalues and of projectors V Vᴴ on whole eigenspaces; for functions that join the two, such as "
+                "V f(w) Vᴴ, and for second derivatives, the part within an eigenspace is missing: perturb the "
+                "pencil where that matters"
             )
     shape = torch.broadcast_shapes(gap.shape, coupling.shape)
     return (1 / gap.masked_fill(equal, torch.inf)).expand(shape).clone(memory_format=torch.contiguous_format)
@@ -83,8 +87,8 @@ def _inverse_gaps_jvp(inputs: tuple, outputs: tuple, tangents: tuple) -> Tensor:
     return -e * e * (dvalues[..., None, :] - dvalues[..., :, None])
 
 
-# E (..., n, n) of values λ (..., n). Warns if the coupling VᴴV̄ (+ diag λ̄) holds a part that
-# dropped pairs would need: the coupling of a function of eigenspaces alone is Hermitian there.
+# E (..., n, n) of values λ (..., n). Warns if the coupling W (+ diag λ̄) shows that dropped pairs matter, or may
+# matter when the derivative is taken `again`.
 inverse_gaps = define(
     "_inverse_gaps(Tensor values, Tensor coupling, bool again) -> Tensor",
     kernel=_inverse_gaps_kernel,
@@ -187,33 +191,40 @@ def _eigh_backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor 
     values, u, again = found.values, found.u, torch.is_grad_enabled()
     values_bar, u_bar = grads[0], found.padded(grads[1])
     values_bar = torch.zeros_like(values) if values_bar is None else found.clean(values_bar)
-    y, norms = u * values_bar[..., None, :], torch.zeros_like(values)
+    y, norms = u * values_bar[..., None, :], None
     coupling = torch.diag_embed(values_bar)
     if u_bar is not None:
         overlaps = u.mH @ u_bar
-        norms = overlaps.diagonal(dim1=-2, dim2=-1).real
-        y = y + u @ (inverse_gaps(values, coupling + overlaps, again) * overlaps)
+        e = inverse_gaps(values, coupling + overlaps, again)
+        y, norms = y + u @ (e * overlaps), 0.5 * overlaps.masked_fill(e != 0, 0)
     elif again:
         inverse_gaps(values, coupling.to(u.dtype), again)
     a_bar, b_bar = _matrix_cotangents(found, y, norms, u_bar)
     return a_bar.sum_to_size(inputs[0].shape), None if b_bar is None else b_bar.sum_to_size(inputs[1].shape)
 
 
-def _matrix_cotangents(found: _Pairs, y: Tensor, norms: Tensor, u_bar: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Ā and B̄ from Y = U(diag λ̄ + E ∘ UᴴŪ) and Re diag UᴴŪ."""
+def _matrix_cotangents(
+    found: _Pairs, y: Tensor, norms: Tensor | None, u_bar: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Ā and B̄ from Y = U(diag λ̄ + E ∘ W) and ½ D ∘ W, with W = UᴴŪ; None for W = 0."""
+
+    def normalized(right: Tensor, basis: Tensor) -> Tensor:
+        return hermitian_part((right if norms is None else right - basis @ norms) @ basis.mH)
+
     # Type 2 is the pencil (BAB, B). Type 3 has its vectors X = B⁻¹U, and Ū gives X̄ = BŪ.
-    u, norms = found.u, 0.5 * norms[..., None, :]
-    if found.b is None:
-        return hermitian_part(y @ u.mH), None
-    if found.problem == 1:
-        return hermitian_part(y @ u.mH), -hermitian_part((y * found.values[..., None, :] + u * norms) @ u.mH)
-    a, b = found.matrices
+    u = found.u
     if found.problem == 2:
+        a, b = found.matrices
         by, bu = b @ y, b @ u
-        return hermitian_part(by @ bu.mH), hermitian_part((a @ by - u * norms) @ u.mH)
-    x = torch.cholesky_solve(u, torch.linalg.cholesky_ex(b).L)
-    right = a @ y - x * norms
-    return hermitian_part(y @ u.mH), hermitian_part((right if u_bar is None else right + u_bar) @ x.mH)
+        return hermitian_part(by @ bu.mH), normalized(a @ by, u)
+    a_bar = hermitian_part(y @ u.mH)
+    if found.b is None:
+        return a_bar, None
+    if found.problem == 1:
+        return a_bar, normalized(-y * found.values[..., None, :], u)
+    a, b = found.matrices
+    right = a @ y if u_bar is None else a @ y + u_bar
+    return a_bar, normalized(right, torch.cholesky_solve(u, torch.linalg.cholesky_ex(b).L))
 
 
 def _eigh_jvp(inputs: tuple, outputs: tuple, tangents: tuple) -> tuple[Tensor, Tensor, None]:
@@ -234,8 +245,8 @@ def _eigh_jvp(inputs: tuple, outputs: tuple, tangents: tuple) -> tuple[Tensor, T
         bx = b @ u if found.problem == 2 else u
         norms, extra = x.mH @ db @ x, None if found.problem == 2 else db @ x
         change = bx.mH @ (da @ bx + a @ (db @ x))
-    rates = inverse_gaps(values, torch.zeros_like(change), False) * change
-    du = u @ (rates - 0.5 * torch.diag_embed(norms.diagonal(dim1=-2, dim2=-1)))
+    e = inverse_gaps(values, torch.zeros_like(change), False)
+    du = u @ (e * change - 0.5 * norms.masked_fill(e != 0, 0))
     if extra is not None:
         du = du + extra
     wanted = slice(found.first, found.first + outputs[1].shape[-1])

@@ -2,9 +2,8 @@
 
 The derivatives need only the k pairs that were found: within their span V they are explicit, and
 off it they come from the resolvent R_i g = z with (λ_iB − A)z = (I − BVVᴴ)g, VᴴBz = 0, which is
-positive definite there (`resolvent`). With E_ji = 1/(λ_i − λ_j), W = VᴴV̄ and
-Z = V(E ∘ W) + [R_i v̄_i]:
-Ā = sym((V diag λ̄ + Z)Vᴴ), B̄ = −sym(((V diag λ̄ + Z)Λ + ½ V diag W)Vᴴ).
+positive definite there (`resolvent`). With E, D and W = VᴴV̄ of `eigh_grad`, and
+Y = V(diag λ̄ + E ∘ W) + [R_i v̄_i]: Ā = sym(Y Vᴴ), B̄ = −sym((YΛ + ½ V(D ∘ W))Vᴴ).
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ def eigh_topk(
     """The k largest λ of A v = λ B v, descending, with VᴴBV = I; torch.ops.sst_kernels.eigh_topk.
 
     `solve` for matrices as an op: derivatives of first and second order, forward and reverse, and
-    torch.vmap, torch.func and torch.compile work. Derivatives flow to the lower triangles. Pairs of
-    equal eigenvalues are left out of first derivatives, which is right for functions of whole
-    eigenspaces; a RuntimeWarning says so of others, and of a k that cuts a cluster. Second
-    derivatives lack such pairs. A pencil without a result has derivative zero.
+    torch.vmap, torch.func and torch.compile work. Derivatives flow to the lower triangles. At equal
+    eigenvalues they are as in `eigh`; a k that cuts a cluster of them gives finite derivatives and a
+    RuntimeWarning. A pencil without a result has derivative zero.
 
     Args:
         a: (..., n, n) Hermitian, of which the lower triangle is read. float32, float64, complex64,
@@ -86,7 +84,7 @@ def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, Tens
         overlaps = v.mH @ v_bar
         e = inverse_gaps(values, overlaps, False)
         y = v @ (e * overlaps) + resolvent(a, b, values, v, status, v_bar)
-        norms = 0.5 * v * overlaps.diagonal(dim1=-2, dim2=-1).real[..., None, :]
+        norms = 0.5 * v @ overlaps.masked_fill(e != 0, 0)
     if values_bar is not None:
         y = y + v * values_bar.masked_fill(bad[..., None], 0)[..., None, :]
     a_bar = to_lower(hermitian_part(y @ v.mH))
@@ -95,7 +93,7 @@ def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, Tens
 
 
 def _jvp(inputs: tuple, outputs: tuple, tangents: tuple) -> tuple[Tensor, Tensor, None]:
-    """dλ_i = v_iᴴm_i, dV = V(E ∘ VᴴM) + [R_i m_i] − ½ V diag(VᴴdBV) with M = dA V − dB VΛ."""
+    """dλ_i = v_iᴴm_i, dV = V(E ∘ VᴴM − ½ D ∘ VᴴdBV) + [R_i m_i] with M = dA V − dB VΛ."""
     a, b = inputs[:2]
     values, v, status, bad = _clean(inputs, outputs)
     da_v, db_v = (
@@ -103,9 +101,8 @@ def _jvp(inputs: tuple, outputs: tuple, tangents: tuple) -> tuple[Tensor, Tensor
     )
     m = da_v - db_v * values[..., None, :]
     overlaps = v.mH @ m
-    norms = (v.conj() * db_v).sum(-2).real
     e = inverse_gaps(values, torch.zeros_like(overlaps), False)
-    dv = v @ (e * overlaps) + resolvent(a, b, values, v, status, m) - 0.5 * v * norms[..., None, :]
+    dv = v @ (e * overlaps - 0.5 * (v.mH @ db_v).masked_fill(e != 0, 0)) + resolvent(a, b, values, v, status, m)
     return overlaps.diagonal(dim1=-2, dim2=-1).real, dv, None
 
 

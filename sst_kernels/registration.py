@@ -45,7 +45,7 @@ def define(
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, kernel, "CompositeExplicitAutograd")
+    library.impl(name, _with_lazy_views(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"sst_kernels::{name}", fake, lib=library)
     op = getattr(torch.ops.sst_kernels, name).default
     _differentiable(op, backward, jvp)
@@ -57,6 +57,18 @@ def define(
 
     torch.library.register_vmap(f"sst_kernels::{name}", batched, lib=library)
     return op
+
+
+def _with_lazy_views(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, with lazy conjugates and negatives in force: torch.compile may call it where they are not."""
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        with torch._C._PreserveDispatchKeyGuard():
+            for key in (torch.DispatchKey.Conjugate, torch.DispatchKey.Negative):
+                torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+            return kernel(*args, **options)
+
+    return wrapped
 
 
 def _differentiable(op: Any, backward: Callable[..., Any], jvp: Callable[..., Any]) -> None:

@@ -20,7 +20,7 @@ from .registration import define, warn
 from .result import Status
 
 _RANKS = (2, 2, 1, 2, 0, 2)  # of a matrix, values, vectors and a status, behind the batch dimensions
-_DIRECT_UP_TO = 256  # order up to which the whole spectrum costs less than iterating
+_DIRECT_UP_TO = 256  # order up to which the whole spectrum costs no more than iterating
 
 
 def to_lower(x: Tensor) -> Tensor:
@@ -29,10 +29,13 @@ def to_lower(x: Tensor) -> Tensor:
 
 
 def _kernel(a: Tensor, b: Tensor, values: Tensor, vectors: Tensor, status: Tensor, rhs: Tensor) -> Tensor:
-    """z (..., n, k) of rhs g (..., n, k); 0 for pencils whose status says NON_FINITE.
+    """Columns R_i g_i; 0 for pencils whose status says NON_FINITE.
 
     Equal eigenvalues on both sides of k have no resolvent; their part is left out, with a warning.
     Where conjugate gradients fail, the whole spectrum is computed.
+
+    Returns:
+        Z (..., n, k).
     """
     (n, k), batch = rhs.shape[-2:], _batch(a, b, values, vectors, status, rhs)
     a, b, values, vectors, status, rhs = (
@@ -54,7 +57,7 @@ def _kernel(a: Tensor, b: Tensor, values: Tensor, vectors: Tensor, status: Tenso
         )
     todo = ((status & Status.NON_FINITE) == 0) & (rhs != 0).flatten(1).any(-1)
     with torch.no_grad():
-        if n > _DIRECT_UP_TO:
+        if n > _DIRECT_UP_TO and 4 * k <= n:
             some = (todo & ~cut).nonzero()[:, 0]
             if len(some):
                 found, solved = _iterate(*(x[some] for x in (a, b, values, vectors, rhs)))
@@ -92,27 +95,23 @@ def _iterate(a: Tensor, b: Tensor, values: Tensor, vectors: Tensor, rhs: Tensor)
     """Conjugate gradients on (λ_i − C) y = L⁻¹Qᴴg_i, C = L⁻¹AL⁻ᴴ, off W = LᴴV, all columns at once.
 
     Returns:
-        Z = L⁻ᴴY, and which pencils reached the backward error 4√n eps in all columns before
+        Z = L⁻ᴴY, and which pencils reached the backward error eps in all columns before
         iterating became dearer than the whole spectrum.
     """
     factor, info = torch.linalg.cholesky_ex(b)
     w = factor.mH @ vectors
     n, k = rhs.shape[-2:]
-
-    def apply(y: Tensor) -> Tensor:
-        x = torch.linalg.solve_triangular(factor.mH, y, upper=True)
-        c_y = torch.linalg.solve_triangular(factor, a @ x, upper=False)
-        return _off_span(w, w, values[:, None, :] * y - c_y)
-
+    c = torch.linalg.solve_triangular(factor, a, upper=False)
+    c = torch.linalg.solve_triangular(factor, c.mH, upper=False)
     residual = _off_span(w, w, torch.linalg.solve_triangular(factor, rhs, upper=False))
     y, direction = torch.zeros_like(residual), residual
     square = _norm2(residual)
-    tolerance = 4 * n**0.5 * torch.finfo(values.dtype).eps
+    eps = torch.finfo(values.dtype).eps
     size, start = 2 * values.abs().amax(-1, keepdim=True), square.sqrt()
     active = square > 0
     sound = (info == 0)[:, None].expand_as(active).clone()
-    for _ in range(max(50, 4 * n // k)):
-        image = apply(direction)
+    for _ in range(max(50, 8 * n // k)):
+        image = _off_span(w, w, values[:, None, :] * direction - c @ direction)
         curvature = (direction.conj() * image).sum(-2).real
         sound &= ~active | (curvature > 0)
         active &= sound
@@ -121,10 +120,10 @@ def _iterate(a: Tensor, b: Tensor, values: Tensor, vectors: Tensor, rhs: Tensor)
         step = torch.where(active, square / curvature, 0)[:, None, :]
         y, residual = y + step * direction, residual - step * image
         before, square = square, torch.where(active, _norm2(residual), square)
-        active = active & (square.sqrt() > tolerance * (size * _norm2(y).sqrt() + start))
+        active = active & (square.sqrt() > eps * (size * _norm2(y).sqrt() + start))
         turn = torch.where(active, square / before, 0)[:, None, :]
         direction = torch.where(active[:, None, :], residual + turn * direction, 0)
-    z = torch.linalg.solve_triangular(factor.mH, y, upper=True)
+    z = _off_span(vectors, b @ vectors, torch.linalg.solve_triangular(factor.mH, y, upper=True))
     solved = (sound & ~active).all(-1) & torch.isfinite(z).flatten(1).all(-1)
     return z, solved
 
