@@ -43,4 +43,11 @@ int64_t fused_eigh_lanes();
 template <class T>
 void fused_eigh_cpu(const FusedEigh<T>& args, std::atomic<int64_t>& next);
 
+// On the current device: the largest n, and the launch; throw std::runtime_error if CUDA does. `stream` is a
+// cudaStream_t.
+template <class T>
+int64_t fused_eigh_cuda_limit();
+template <class T>
+void fused_eigh_cuda(const FusedEigh<T>& args, void* stream);
+
 }  // namespace sst
