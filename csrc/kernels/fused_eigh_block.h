@@ -7,7 +7,7 @@
 //             A sweep is n - 1 rounds; about 6 to 10 sweeps, quadratic at the end, at most kMostSweeps.
 // Memory      C and L packed, rows of the lower triangle one after another: columns of it, too, lie in different banks
 //             (consecutive triangle numbers differ mod 32). Vectors one to a row. About 2 n² elements in all: float32
-//             up to n = 167 and float64 up to 118 in 227 KiB, 142 and 100 in 163 KiB.
+//             up to n = 169 and float64 up to 119 in 227 KiB, 143 and 101 in 163 KiB.
 // Cost        a round is two barriers, n² reads and n² writes of the vectors and half as many of C; device memory sees
 // A, B
 //             and the results alone.
@@ -56,8 +56,9 @@ struct Pair {
   int p, q;
 };
 SST_HOST_DEVICE inline Pair round_robin(int n, int round, int k) {
-  const int last = (n - 1) | 1;  // plays against each other in turn
-  const int a = k == 0 ? last : (round + k) % last, b = (round - k + last) % last;
+  const int last = (n - 1) | 1;  // plays against each other in turn; the others turn modulo `last`
+  const int after = round + k < last ? round + k : round + k - last, before = round < k ? round - k + last : round - k;
+  const int a = k == 0 ? last : after, b = before;
   return a > b ? Pair{a, b} : Pair{b, a};
 }
 
