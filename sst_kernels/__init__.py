@@ -11,6 +11,7 @@ from .factors import Factors
 from .operators import Dense, Diagonal, Kronecker
 from .ops import (
     fused_eigh,
+    fused_eigh_limit,
     grouped_syrk_accumulate_,
     khatri_rao_rows,
     khatri_rao_syrk_accumulate_,
@@ -37,6 +38,7 @@ __all__ = [
     "build_info",
     "eigh",
     "fused_eigh",
+    "fused_eigh_limit",
     "grouped_syrk_accumulate_",
     "khatri_rao_rows",
     "khatri_rao_syrk_accumulate_",
