@@ -14,6 +14,7 @@ from .factors import Factors
 from .operators import Dense, Diagonal, Kronecker
 from .ops import (
     fused_eigh,
+    fused_eigh_limit,
     grouped_syrk_accumulate_,
     khatri_rao_rows,
     khatri_rao_syrk_accumulate_,
@@ -50,6 +51,7 @@ __all__ = [
     "eigh",
     "eigh_topk",
     "fused_eigh",
+    "fused_eigh_limit",
     "grouped_syrk_accumulate_",
     "khatri_rao_rows",
     "khatri_rao_syrk_accumulate_",

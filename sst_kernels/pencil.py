@@ -73,12 +73,13 @@ class Pencil:
         b, b_exponent = self.B.normalized()
         # A = 2ᵅÃ, B = 2ᵝB̃: λ̃ = 2^(β−α) λ
         values = scale_by_power(values, (b_exponent - a_exponent)[..., None])
-        unit = vectors / vectors.abs().amax(-2, keepdim=True)
-        unit = unit / torch.linalg.vector_norm(unit, dim=-2, keepdim=True)
+        unit = vectors / torch.linalg.vector_norm(vectors, torch.inf, dim=-2, keepdim=True)
+        unit /= torch.linalg.vector_norm(unit, dim=-2, keepdim=True)
         size = a.norm()[..., None] + values.abs() * b.norm()[..., None]
         size = size.clamp_min(torch.finfo(size.dtype).tiny)[..., None, :]
-        residual = (a @ unit) / size - (b @ unit) * (values[..., None, :] / size)
-        return torch.linalg.vector_norm(residual, dim=-2)
+        # in place: for small pencils, memory costs more than arithmetic
+        subtrahend = (b @ unit).mul_(values[..., None, :] / size)
+        return torch.linalg.vector_norm((a @ unit).div_(size).sub_(subtrahend), dim=-2)
 
     @torch.no_grad()
     def b_orthogonality(self, vectors: Tensor) -> Tensor:
@@ -86,8 +87,8 @@ class Pencil:
         b, exponent = self.B.normalized()
         scaled = scale_by_power(vectors, (exponent // 2)[..., None, None])
         gram = scaled.mH @ (b @ scaled)
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        return (gram - eye).abs().amax((-2, -1))
+        gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+        return torch.linalg.vector_norm(gram, torch.inf, dim=(-2, -1))
 
     @torch.no_grad()
     def count_above(self, t: Tensor) -> Tensor:

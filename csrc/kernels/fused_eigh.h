@@ -8,7 +8,7 @@
 //             Cholesky, congruence, Householder tridiagonalisation, implicit QL with vectors (Martin & Wilkinson
 //             1968), back substitution. All lanes take the same steps; a rotation is the identity in those that do
 //             not need it. float32 members are solved in float64. About 10 n³ flops a member, workspace
-//             3 n² vectors a thread, which the second cache holds up to n = kFusedLanesLimit.
+//             3 n² vectors a thread, for n up to kFusedLanesLimit.
 // CUDA        a block of threads owns a member in its shared memory: cyclic two-sided Jacobi (fused_eigh_block.h).
 // Deterministic: a member's bits depend on its own data and the instruction set alone.
 // Reference   sst_kernels/reference.py, fused_eigh.
@@ -36,11 +36,20 @@ struct FusedEigh {
   int64_t batch, n;
 };
 
-constexpr int64_t kFusedLanesLimit = 64;
+// Up to here groups of eight beat LAPACK twice (measured in float64 on an EPYC 9005, busy); beyond, the workspace
+// leaves the second cache far behind.
+constexpr int64_t kFusedLanesLimit = 128;
 
 // One thread's share: it takes groups of fused_eigh_lanes() members from `next` until none is left. n >= 1.
 int64_t fused_eigh_lanes();
 template <class T>
 void fused_eigh_cpu(const FusedEigh<T>& args, std::atomic<int64_t>& next);
+
+// On the current device: the largest n, and the launch; throw std::runtime_error if CUDA does. `stream` is a
+// cudaStream_t.
+template <class T>
+int64_t fused_eigh_cuda_limit();
+template <class T>
+void fused_eigh_cuda(const FusedEigh<T>& args, void* stream);
 
 }  // namespace sst

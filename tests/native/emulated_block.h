@@ -26,7 +26,7 @@ class EmulatedBlock {
   template <class T>
   class Each {
    public:
-    Each() : values_(256) { std::memset(static_cast<void*>(values_.data()), 0xFF, values_.size() * sizeof(T)); }
+    Each() : values_(512) { std::memset(static_cast<void*>(values_.data()), 0xFF, values_.size() * sizeof(T)); }
     T& operator[](int t) { return values_[t]; }
     const T& operator[](int t) const { return values_[t]; }
 
