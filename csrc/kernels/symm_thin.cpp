@@ -92,15 +92,30 @@ template <int Bytes, int Width, int Rows, class T>
 // The triangle of A's rows and columns [first, first + Rows).
 template <int Bytes, int Width, int Rows, class T>
 [[gnu::always_inline]] inline void multiply_corner(const Strip<T>& strip, int64_t first) {
-  constexpr int64_t width = Width * Bytes / sizeof(T);
-  for (int64_t i = first; i < first + Rows; ++i) {
-    const T* const a = strip.a + i * strip.stride;
-    for (int64_t j = first; j <= i; ++j) {
-      for (int64_t c = 0; c < width; ++c) {
-        strip.y[i * width + c] += a[j] * strip.x[j * width + c];
-        if (j < i) strip.y[j * width + c] += a[j] * strip.x[i * width + c];
+  using V = Vector<Bytes, T>;
+  constexpr int64_t lanes = Bytes / sizeof(T), width = Width * lanes;
+  const T* const a = strip.a + first * (strip.stride + 1);
+  V x[Rows][Width], y[Rows][Width];
+  for (int r = 0; r < Rows; ++r) {
+    for (int w = 0; w < Width; ++w) {
+      x[r][w] = *reinterpret_cast<const V*>(strip.x + (first + r) * width + w * lanes);
+      y[r][w] = *reinterpret_cast<const V*>(strip.y + (first + r) * width + w * lanes);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int q = 0; q <= r; ++q) {
+      const T element = a[r * strip.stride + q];
+#pragma GCC unroll 2
+      for (int w = 0; w < Width; ++w) {
+        y[r][w] += element * x[q][w];
+        if (q < r) y[q][w] += element * x[r][w];
       }
     }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int w = 0; w < Width; ++w) *reinterpret_cast<V*>(strip.y + (first + r) * width + w * lanes) = y[r][w];
   }
 }
 
