@@ -48,6 +48,7 @@ lint: $(BUILD)
 bench: $(BUILD)
 	$(PYTHON) bench/khatri_rao.py
 	$(PYTHON) bench/syrk.py
+	$(PYTHON) bench/symm_thin.py
 	$(PYTHON) bench/grouped.py --repeats 10
 	$(PYTHON) bench/exact_fisher.py --repeats 10
 	$(PYTHON) bench/accumulation.py --repeats 5

@@ -87,17 +87,23 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def _matrix_gradient(A: Tensor, G: Tensor, X: Tensor) -> Tensor:
+    """Of tr(Gᵀ A X) by A's lower triangle; where A serves a whole batch, summed over it."""
+    if A.dim() == 2:
+        G, X = (block.movedim(-2, 0).flatten(1) for block in (G, X))
+    outer = G @ X.mT
+    return outer.tril() + outer.mT.tril(-1)
+
+
 def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Of the products of one or two matrices with one block: those of the matrices, then the block's."""
     *matrices, X = ctx.saved_tensors
-    of_matrices: list[Tensor | None] = []
-    for A, G, needed in zip(matrices, grads, ctx.needs_input_grad, strict=False):
-        outer = G @ X.mT if needed else None
-        of_matrices.append(None if outer is None else (outer.tril() + outer.mT.tril(-1)).sum_to_size(A.shape))
-    of_block = None
-    if ctx.needs_input_grad[-1]:
-        of_block = sum(torch.ops.sst_kernels.symm_thin.default(A, G) for A, G in zip(matrices, grads, strict=True))
-    return *of_matrices, of_block
+    *needed, block_needed = ctx.needs_input_grad
+    of_matrices = [
+        _matrix_gradient(A, G, X) if wanted else None for A, G, wanted in zip(matrices, grads, needed, strict=True)
+    ]
+    products = (torch.ops.sst_kernels.symm_thin.default(A, G) for A, G in zip(matrices, grads, strict=True))
+    return *of_matrices, sum(products) if block_needed else None
 
 
 def _vmap_product(A: Tensor, a_dim: int | None, X: Tensor, x_dim: int | None, size: int) -> tuple[Tensor, int]:

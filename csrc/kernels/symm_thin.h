@@ -8,13 +8,12 @@
 //             a unit of work is the tile of A between two blocks, and adds to these two blocks of Y. The units are
 //             ordered as the rounds of a tournament (Pairing), so that those of a round touch no block in common, and a
 //             unit waits until both its blocks have been through all earlier rounds.
-// CPU         a thread owns a unit, and takes units in order. X and Y are held as panels (rows of 4 to 32 columns, one
-//             or two vectors), padded with zero columns: a row of a panel is multiplied by one element of A.
+// CPU         a thread owns a unit, and takes units in order. X and Y are held as panels of some columns: by rows of
+//             one or two vectors, or by columns where there are only one or two (symm_thin_tile.h).
 // CUDA        a block of threads owns a tile and leaves partial products, added in order: symm_thin_block.h.
 // Precision   fused multiply-add in the elements' type.
-// Determinism every element is summed in an order that depends on the shapes and the instruction set alone:
-// bit-identical
-//             between runs, whatever the number of threads.
+// Determinism every element is summed in an order that depends on the shapes and the instruction set alone: bit for bit
+//             the same in every run, whatever the number of threads.
 // Cost        2 n² m flops a matrix and member; reads half of A; the workspace holds X and the Ys again.
 // Reference   sst_kernels/reference.py, symm_thin.
 #pragma once
@@ -83,7 +82,7 @@ class SymmThinCpu {
 
   SymmThin<T> product_;
   int set_;
-  int64_t block_, padded_, member_size_, members_;
+  int64_t block_, stride_, padded_, member_size_, members_;
   Pairing pairing_;
   std::unique_ptr<std::atomic<int64_t>[]> rounds_done_;
 };
