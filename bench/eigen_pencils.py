@@ -1,13 +1,26 @@
-"""Large pencils in seconds, and the one backward error by which solvers are compared."""
+"""Large pencils in seconds, and how solvers are compared on them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 from scipy.fft import dct
 
+from harness import Row
 from sst_kernels import Pencil
+
+
+@dataclass(frozen=True)
+class Comparison(Row):
+    """A row, the speedup asked for, the largest backward errors, and our iterations (0: a direct method)."""
+
+    bar: float
+    error: float
+    peer_error: float
+    iterations: float
 
 
 def kfac_like(n: int, dtype: DTypeLike, *, damping: float = 1e-3, seed: int = 0) -> tuple[NDArray, NDArray]:

@@ -32,19 +32,9 @@ from numpy.typing import NDArray
 
 from eigen_factors import factor_pencils
 from eigen_peers import DIRECT, Pairs, prepare
-from eigen_pencils import backward_error, kfac_like
+from eigen_pencils import Comparison, backward_error, kfac_like
 from harness import Limits, Row, interleaved, limits, parser, report
 from sst_kernels import EigenResult, Pencil, solve
-
-
-@dataclass(frozen=True)
-class Comparison(Row):
-    """A row, its bar, backward errors and iterations."""
-
-    bar: float
-    error: float
-    peer_error: float
-    iterations: float
 
 
 @dataclass(frozen=True)
