@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and measures on a machine with an NVIDIA GPU, from this repository alone:
 #
-#     bench/device.sh [build|test|sanitize|bench|all] [--out DIR]        (default: all, device-out)
+#     bench/device.sh [build|test|sanitize|bench|solver|all] [--out DIR]        (default: all, device-out)
 #
 # Uses that machine's own python3 (with torch, scikit-build-core, pybind11, cmake, ninja, pytest and
 # what the tests import) and nvcc; needs no network. Each stage ends within 9 minutes and leaves
 # DIR/STAGE.log; the benchmarks leave JSON, and DIR/summary.json says how each stage went.
 set -euo pipefail
 
-stages="build test sanitize bench"
+stages="build test sanitize bench solver"
 out=device-out
 while [ $# -gt 0 ]; do
   case $1 in
-    build | test | sanitize | bench) stages=$1 ;;
+    build | test | sanitize | bench | solver) stages=$1 ;;
     all) ;;
     --out) out=${2:?--out needs a folder} && shift ;;
     *) sed -n '2,5p' "$0" >&2 && exit 2 ;;
@@ -60,7 +60,13 @@ stage_bench() {
   done
 }
 
-export -f stage_build stage_test stage_sanitize stage_bench run_pytest
+stage_solver() {
+  for row in small32 small64 many large; do
+    python3 "$root/bench/gpu_eigensolver.py" --only "$row" --out "$out/gpu_eigensolver_$row.json"
+  done
+}
+
+export -f stage_build stage_test stage_sanitize stage_bench stage_solver run_pytest
 failed=0
 summary=
 for stage in $stages; do

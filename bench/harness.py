@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,35 +48,43 @@ class Row:
         return self.floor / self.ours
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """Parses the options every benchmark takes.
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options every benchmark takes, for those that add their own.
 
     Args:
         description: The benchmark's docstring.
 
     Returns:
-        `device` (torch.device), `repeats` (timed calls of each candidate) and `out` (Path or None).
+        A parser of `device` (torch.device), `repeats` (timed calls of each candidate) and `out` (Path or None).
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--out", type=Path, help="write the figures, with provenance, to this JSON file")
-    return parser.parse_args()
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    options.add_argument("--repeats", type=int, default=30)
+    options.add_argument("--out", type=Path, help="write the figures, with provenance, to this JSON file")
+    return options
 
 
-def interleaved(candidates: Sequence[Candidate], repeats: int, device: torch.device) -> list[float]:
+def arguments(description: str) -> argparse.Namespace:
+    """The parsed options of `parser`."""
+    return parser(description).parse_args()
+
+
+def interleaved(
+    candidates: Sequence[Candidate], repeats: int, device: torch.device, *, warmups: int = 3
+) -> list[float]:
     """Median seconds of each candidate, their calls taking turns.
 
     Args:
-        candidates: Calls to time; each is run three times beforehand.
+        candidates: Calls to time.
         repeats: Timed calls of each.
         device: Where they run; on CUDA each call is timed by events on the device.
+        warmups: Calls of each beforehand.
 
     Returns:
         The medians, in the candidates' order.
     """
     for call in candidates:
-        for _ in range(3):
+        for _ in range(warmups):
             call()
     timer = _time_cuda if device.type == "cuda" else _time_host
     times: list[list[float]] = [[] for _ in candidates]
@@ -174,13 +182,16 @@ def report(question: str, rows: Sequence[Row], options: argparse.Namespace) -> N
 
     Args:
         question: What the benchmark asks: the first line of its docstring.
-        rows: The measured cases.
+        rows: The measured cases; numbers that a subclass of Row adds become further columns.
         options: From `arguments`.
     """
-    print(f"{question}\n\n| case | ours | peer | speedup | of floor |\n|---|---|---|---|---|")
+    added = [f.name for f in fields(rows[0])[len(fields(Row)) :]] if rows else []
+    columns = ["case", "ours", "peer", "speedup", "of floor", *(name.replace("_", " ") for name in added)]
+    print(f"{question}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         times = f"{row.ours * 1e6:.1f} µs | {row.peer * 1e6:.1f} µs"
-        print(f"| {row.case} | {times} | {row.speedup:.2f}× | {row.of_floor:.0%} |")
+        rest = "".join(f" {getattr(row, name):.2g} |" for name in added)
+        print(f"| {row.case} | {times} | {row.speedup:.2f}× | {row.of_floor:.0%} |{rest}")
     if options.out:
         figures = [{**asdict(row), "speedup": row.speedup, "of_floor": row.of_floor} for row in rows]
         content = {"question": question, "rows": figures, "provenance": provenance(options.device)}
