@@ -62,7 +62,7 @@ class Spectrum(NamedTuple):
 class Counts(NamedTuple):
     """Columns that the solve and its certificate multiplied, per pencil, and iterations.
 
-    Direct methods apply A and B once per returned pair, for the certificate, and never iterate.
+    Of direct methods those of the certificate, one with A and B per returned pair; they never iterate.
     """
 
     a_products: int
