@@ -58,11 +58,10 @@ def _is_poor(pencil: Pencil, found: Spectrum, k: int) -> bool:
 
 def _gram(pencil: Pencil, k: int) -> Spectrum:
     """The method itself, in the precision of the pencil; see `gram`."""
-    a, b = pencil.A, pencil.B
+    a, b, rows = pencil.A, pencil.B, pencil.A.rows
     found = factored_inverse(b)
-    infinite = ~torch.isfinite(a.rows).flatten(-2).all(-1) | torch.isnan(a.count)
+    infinite = ~torch.isfinite(rows).flatten(-2).all(-1) | torch.isnan(a.count)
     fault = found.fault | infinite * int(Status.NON_FINITE)
-    rows = torch.where((fault != 0)[..., None, None], 0.0, a.rows)
     solved = found.operator @ rows.mH
     for _ in range(_REFINEMENTS):
         solved = solved + found.operator @ (rows.mH - b @ solved)

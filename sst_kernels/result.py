@@ -46,7 +46,7 @@ REMEDIES = {
 class Counts(NamedTuple):
     """Columns that the solve and its certificate multiplied, per pencil still in the batch, and iterations.
 
-    Direct methods apply A and B once per returned pair, for the certificate, and never iterate.
+    Of direct methods those of the certificate, one with A and B per returned pair; they never iterate.
     """
 
     a_products: int

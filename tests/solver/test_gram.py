@@ -117,6 +117,14 @@ def test_little_damping_of_the_same_rows(gamma):
     torch.testing.assert_close(1 - result.values, gamma / (sigma2 + gamma), rtol=0, atol=1e-14)
 
 
+def test_null_vectors_beside_large_eigenvalues():
+    """λ₁‖Bv₁‖ is 10⁶ times ‖B‖: rounding along v₁, unseen by B, must be taken out of a null vector."""
+    pencil = Pencil(Gram(draw(20, 150)), Damped(Gram(draw(30, 150, seed=1)), 1e-6))
+    result = solve(pencil, 150)
+    assert result.status.item() == GOOD
+    assert (result.values[20:] == 0).all() and result.backward_errors.max() < 1e-15
+
+
 @pytest.mark.parametrize("k", [3, 30])
 def test_graded_rows_and_an_ill_conditioned_b(k):
     """λ over 12 decades: null vectors made from J alone would lose VᵀBV = I (3e-2 was seen)."""

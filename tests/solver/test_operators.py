@@ -183,6 +183,21 @@ def test_a_zero_part_does_not_decide_the_exponent(kind):
     assert torch.equal(scale_by_power(small.to_dense(), exponent), tiny)
 
 
+@pytest.mark.parametrize("power", [-600, 600])
+@pytest.mark.parametrize("kind", [LowRankPlusDiagonal, Damped, Sum])
+def test_the_larger_part_decides_the_exponent(kind, power):
+    other = torch.tensor(2.0**power, dtype=F64)
+    operator = {
+        LowRankPlusDiagonal: LowRankPlusDiagonal(U5, D5 * other),
+        Damped: Damped(A5, other),
+        Sum: Sum([A5, Diagonal(D5 * other)]),
+    }[kind]
+    small, exponent = operator.normalized()
+    assert small.to_dense().abs().max() <= 8 and small.norm() > 1 / 64
+    largest = scale_by_power(small.to_dense(), exponent).abs().max()
+    assert largest == operator.to_dense().abs().max()
+
+
 def test_apply_cost_counts_multiply_adds():
     """Against the products written out: two flops for each entry of every matrix that is applied."""
     ones = torch.ones((), dtype=F64)

@@ -7,7 +7,7 @@ import torch
 
 from sst_kernels.combined import Damped, Scaled, Sum
 from sst_kernels.operators import Dense, Diagonal, Kronecker, Operator
-from sst_kernels.preconditioners import factored_inverse, inverse, preconditioner
+from sst_kernels.preconditioners import _nearest_kronecker, factored_inverse, inverse, preconditioner
 from sst_kernels.result import Status
 from sst_kernels.structured import EKFAC, FunctionOperator, Gram, LowRankPlusDiagonal
 
@@ -114,6 +114,7 @@ ROWS = draw(2, 6)
         (Damped(Gram(ROWS), torch.tensor([1.0, -1e-3])), NOT_PD),
         (Damped(Gram(torch.stack([ROWS, ROWS * torch.nan])), 1), NON_FINITE),
         (Damped(Scaled(Gram(ROWS), torch.tensor([1.0, -1.0])), 0.1), NOT_PD),
+        (LowRankPlusDiagonal(torch.eye(6)[:, :1], torch.ones(6), torch.tensor([[[-0.5]], [[-1.01]]])), NOT_PD),
         (Damped(Gram(draw(9, 6)), torch.tensor([0.0, -99.0])), NOT_PD),
     ],
 )
@@ -180,6 +181,16 @@ def test_the_nearest_kronecker_of_proportional_terms_is_exact():
     p, q = power_law(5), power_law(6, 1)
     operator = Damped(Sum([Kronecker(p, q), Kronecker(3 * p, q), ekfac_of(p, q)]), 1e-3)
     assert condition(preconditioner(operator), operator) < 1 + 1e-8
+
+
+def test_the_nearest_kronecker_is_van_loans():
+    """The leading singular pair of the rearranged sum, whose rows are vec P and columns vec Q."""
+    pairs = [(10.0**-t * positive(3, t), positive(4, t + 5)) for t in range(3)]
+    rearranged = sum(torch.outer(p.flatten(), q.flatten()) for p, q in pairs)
+    u, _, v = torch.linalg.svd(rearranged)
+    for found, expected in zip(_nearest_kronecker([Kronecker(*pair) for pair in pairs]), (u[:, 0], v[0]), strict=True):
+        found = found.flatten() / torch.linalg.norm(found)
+        torch.testing.assert_close(found, expected * expected.sum().sign(), rtol=1e-6, atol=1e-6)
 
 
 def ekfac_of(p: torch.Tensor, q: torch.Tensor) -> EKFAC:

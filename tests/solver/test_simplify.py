@@ -25,8 +25,8 @@ def symmetric(n: int, seed: int = 0) -> torch.Tensor:
 DENSE, DIAGONAL = Dense(symmetric(6)), Diagonal(draw(6))
 KRONECKER = Kronecker(symmetric(2), symmetric(3))
 EK = EKFAC(torch.linalg.qr(draw(2, 2)).Q, torch.linalg.qr(draw(3, 3)).Q, draw(2, 3))
-GRAM = Gram(draw(2, 6))
-LOW_RANK = LowRankPlusDiagonal(draw(6, 1), draw(6))
+GRAM = Gram(draw(2, 6, seed=3))
+LOW_RANK = LowRankPlusDiagonal(draw(6, 1, seed=1), draw(6, seed=2))
 CALL = FunctionOperator(lambda x: 3 * x, (6, 6), F64)
 C = torch.tensor([2.0, -0.5], dtype=F64)
 
