@@ -63,7 +63,7 @@ def _inverse_gaps_kernel(values: Tensor, coupling: Tensor, again: bool) -> Tenso
                 "pencil where that matters"
             )
     shape = torch.broadcast_shapes(gap.shape, coupling.shape)
-    return (1 / gap.masked_fill(equal, torch.inf)).expand(shape).clone(memory_format=torch.contiguous_format)
+    return (1 / gap.masked_fill(equal, torch.inf)).expand(shape)
 
 
 def _inverse_gaps_fake(values: Tensor, coupling: Tensor, again: bool) -> Tensor:
@@ -105,16 +105,14 @@ def _eigh_kernel(
     n = a.shape[-1]
     batch = a.shape[:-2] if b is None else torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     flat = [x if x is None else x.expand(*batch, n, n).reshape(math.prod(batch), n, n) for x in (a, b)]
-    with torch.no_grad():
-        values, vectors, fault = generalized_eigh(
-            *flat, problem=problem, columns=slice(first, last), values_only=values_only
-        )
+    values, vectors, fault = generalized_eigh(
+        *flat, problem=problem, columns=slice(first, last), values_only=values_only
+    )
     fault = fault.reshape(batch)
     if report:
         _report(fault, [x for x in (a, b) if x is not None])
     vectors = a.new_empty(len(values), n, 0) if vectors is None else vectors
-    found = values.reshape(*batch, n), vectors.reshape(*batch, n, vectors.shape[-1]), fault
-    return tuple(x.clone(memory_format=torch.contiguous_format) for x in found)  # an op returns no views
+    return values.reshape(*batch, n), vectors.reshape(*batch, n, vectors.shape[-1]), fault
 
 
 def _eigh_fake(

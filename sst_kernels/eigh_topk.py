@@ -52,10 +52,8 @@ def eigh_topk(
 def _kernel(
     a: Tensor, b: Tensor, k: int, *, tol: float | None = None, method: str = "auto", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.no_grad():
-        found = solve(Pencil(a, b), k, tol=tol, method=method, seed=seed)
-    outputs = found.values, found.vectors, found.status
-    return tuple(x.clone(memory_format=torch.contiguous_format) for x in outputs)  # an op returns no views
+    found = solve(Pencil(a, b), k, tol=tol, method=method, seed=seed)
+    return found.values, found.vectors, found.status
 
 
 def _fake(
@@ -77,16 +75,14 @@ def _clean(inputs: tuple, outputs: tuple) -> tuple[Tensor, Tensor, Tensor, Tenso
 def _backward(inputs: tuple, outputs: tuple, grads: tuple) -> tuple[Tensor, Tensor]:
     a, b = inputs[:2]
     values, v, status, bad = _clean(inputs, outputs)
-    values_bar, v_bar = grads[:2]
-    y, norms = torch.zeros_like(v), torch.zeros_like(v)
-    if v_bar is not None:
-        v_bar = v_bar.masked_fill(bad[..., None, None], 0)
-        overlaps = v.mH @ v_bar
-        e = inverse_gaps(values, overlaps, False)
-        y = v @ (e * overlaps) + resolvent(a, b, values, v, status, v_bar)
-        norms = 0.5 * v @ overlaps.masked_fill(e != 0, 0)
-    if values_bar is not None:
-        y = y + v * values_bar.masked_fill(bad[..., None], 0)[..., None, :]
+    values_bar, v_bar = (
+        torch.zeros_like(x) if g is None else g.masked_fill(bad[(..., *(None,) * (g.dim() - bad.dim()))], 0)
+        for x, g in zip((values, v), grads[:2], strict=True)
+    )
+    overlaps, diagonal = v.mH @ v_bar, torch.diag_embed(values_bar)
+    e = inverse_gaps(values, overlaps + diagonal, torch.is_grad_enabled())
+    y = v @ (e * overlaps + diagonal) + resolvent(a, b, values, v, status, v_bar)
+    norms = 0.5 * v @ overlaps.masked_fill(e != 0, 0)
     a_bar = to_lower(hermitian_part(y @ v.mH))
     b_bar = to_lower(-hermitian_part((y * values[..., None, :] + norms) @ v.mH))
     return a_bar.sum_to_size(a.shape), b_bar.sum_to_size(b.shape)

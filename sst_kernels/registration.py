@@ -45,7 +45,7 @@ def define(
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, _with_lazy_views(kernel), "CompositeExplicitAutograd")
+    library.impl(name, _as_op(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"sst_kernels::{name}", fake, lib=library)
     op = getattr(torch.ops.sst_kernels, name).default
     _differentiable(op, backward, jvp)
@@ -59,14 +59,19 @@ def define(
     return op
 
 
-def _with_lazy_views(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel, with lazy conjugates and negatives in force: torch.compile may call it where they are not."""
+def _as_op(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel with what torch asks of one: fresh contiguous outputs, and no gradients recorded.
+
+    torch.compile may call it where lazy conjugates and negatives are out of force, and would read wrong numbers.
+    """
 
     def wrapped(*args: Any, **options: Any) -> Any:
-        with torch._C._PreserveDispatchKeyGuard():
-            for key in (torch.DispatchKey.Conjugate, torch.DispatchKey.Negative):
+        with torch._C._PreserveDispatchKeyGuard(), torch.no_grad():
+            for key in (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative):
                 torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
-            return kernel(*args, **options)
+            out = kernel(*args, **options)
+            fresh = [x.clone(memory_format=torch.contiguous_format) for x in (out if isinstance(out, tuple) else [out])]
+            return tuple(fresh) if isinstance(out, tuple) else fresh[0]
 
     return wrapped
 

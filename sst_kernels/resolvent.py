@@ -20,7 +20,6 @@ from .registration import define, warn
 from .result import Status
 
 _RANKS = (2, 2, 1, 2, 0, 2)  # of a matrix, values, vectors and a status, behind the batch dimensions
-_DIRECT_UP_TO = 256  # order up to which the whole spectrum costs no more than iterating
 
 
 def to_lower(x: Tensor) -> Tensor:
@@ -38,35 +37,35 @@ def _kernel(a: Tensor, b: Tensor, values: Tensor, vectors: Tensor, status: Tenso
         Z (..., n, k).
     """
     (n, k), batch = rhs.shape[-2:], _batch(a, b, values, vectors, status, rhs)
-    a, b, values, vectors, status, rhs = (
-        x.expand(batch + core).reshape((math.prod(batch), *core))
-        for x, core in (
-            *((Dense(x).to_dense(), (n, n)) for x in (a, b)),
-            (values, (k,)),
-            (vectors, (n, k)),
-            (status, ()),
-            (rhs, (n, k)),
-        )
-    )
-    z = torch.zeros_like(rhs)
-    cut = (status & Status.CLUSTER_AT_K) != 0
-    if cut.any():
+    if ((status & Status.CLUSTER_AT_K) != 0).any():
         warn(
             "eigh_topk: k cuts a cluster of equal eigenvalues, so that the vectors are an arbitrary choice and "
             "derivatives across the cut, which do not exist, are taken as 0; take k up to the next gap"
         )
-    todo = ((status & Status.NON_FINITE) == 0) & (rhs != 0).flatten(1).any(-1)
-    with torch.no_grad():
-        if n > _DIRECT_UP_TO and 4 * k <= n:
-            some = (todo & ~cut).nonzero()[:, 0]
-            if len(some):
-                found, solved = _iterate(*(x[some] for x in (a, b, values, vectors, rhs)))
-                z[some] = found
-                todo[some] = ~solved
-        some = todo.nonzero()[:, 0]
+    if not (rhs != 0).any():
+        return rhs.new_zeros(*batch, n, k)
+    cores = ((n, n), (n, n), (k,), (n, k), (), (n, k))
+    tensors = (*(Dense(x).to_dense() for x in (a, b)), values, vectors, status, rhs)
+    flat = (x.expand(batch + core).reshape((math.prod(batch), *core)) for x, core in zip(tensors, cores, strict=True))
+    return _solve(*flat).reshape(*batch, n, k)
+
+
+def _solve(a: Tensor, b: Tensor, values: Tensor, vectors: Tensor, status: Tensor, rhs: Tensor) -> Tensor:
+    """The kernel for N pencils."""
+    z, todo = torch.zeros_like(rhs), ((status & Status.NON_FINITE) == 0) & (rhs != 0).flatten(1).any(-1)
+
+    def taken(which: Tensor) -> list[Tensor]:
+        return [x if len(which) == len(x) else x[which] for x in (a, b, values, vectors, rhs)]
+
+    if _iterating_pays(*rhs.shape[1:]):
+        some = (todo & ((status & Status.CLUSTER_AT_K) == 0)).nonzero()[:, 0]
         if len(some):
-            z[some] = _by_spectrum(*(x[some] for x in (a, b, values, vectors, rhs)))
-    return z.reshape(*batch, n, k)
+            z[some], solved = _iterate(*taken(some))
+            todo[some] = ~solved
+    some = todo.nonzero()[:, 0]
+    if len(some):
+        z[some] = _by_spectrum(*taken(some))
+    return z
 
 
 def _batch(*tensors: Tensor) -> torch.Size:
@@ -74,11 +73,14 @@ def _batch(*tensors: Tensor) -> torch.Size:
     return torch.broadcast_shapes(*(x.shape[: x.dim() - rank] for x, rank in zip(tensors, _RANKS, strict=True)))
 
 
+def _iterating_pays(n: int, k: int) -> bool:
+    """Whether conjugate gradients cost less than the whole spectrum."""
+    return n > 256 and 4 * k <= n
+
+
 def _off_span(vectors: Tensor, image: Tensor, x: Tensor) -> Tensor:
-    """X − V (BV)ᴴX, applied twice for orthogonality to working accuracy."""
-    for _ in range(2):
-        x = x - vectors @ (image.mH @ x)
-    return x
+    """X − V (BV)ᴴX."""
+    return x - vectors @ (image.mH @ x)
 
 
 def _by_spectrum(a: Tensor, b: Tensor, values: Tensor, vectors: Tensor, rhs: Tensor) -> Tensor:
@@ -103,12 +105,13 @@ def _iterate(a: Tensor, b: Tensor, values: Tensor, vectors: Tensor, rhs: Tensor)
     n, k = rhs.shape[-2:]
     c = torch.linalg.solve_triangular(factor, a, upper=False)
     c = torch.linalg.solve_triangular(factor, c.mH, upper=False)
-    residual = _off_span(w, w, torch.linalg.solve_triangular(factor, rhs, upper=False))
+    rhs = torch.linalg.solve_triangular(factor, rhs, upper=False)
+    residual = _off_span(w, w, _off_span(w, w, rhs))
     y, direction = torch.zeros_like(residual), residual
     square = _norm2(residual)
     eps = torch.finfo(values.dtype).eps
-    size, start = 2 * values.abs().amax(-1, keepdim=True), square.sqrt()
-    active = square > 0
+    size, start = 2 * values.abs().amax(-1, keepdim=True), _norm2(rhs).sqrt()
+    active = square.sqrt() > 10 * eps * start  # else rhs is in the span
     sound = (info == 0)[:, None].expand_as(active).clone()
     for _ in range(max(50, 8 * n // k)):
         image = _off_span(w, w, values[:, None, :] * direction - c @ direction)
