@@ -17,7 +17,7 @@ from .result import Counts, Spectrum, Status
 from .scaling import scale_by_power
 
 _NEAR_ONE = 2.0**30  # a dense matrix whose diagonal peaks within this of 1 is iterated with as it is
-_GUARD = 0.75  # the pair after the k-th must meet tol to this power, unless it is well apart
+_GUARD = 0.6  # the pair after the k-th must meet tol to this power, for a cluster to be seen
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,10 +200,8 @@ SST_DEVICE void judge(Block& block, const Judge& args, int64_t pencil) {
     report[kGuardError] = 0;
     if (args.window < w && squares[4 * args.window + 3] > 0) {
       const double* const square = squares + 4 * args.window;
-      const double gap = theta[args.window - 1] - theta[args.window];
-      const double error = std::sqrt(square[0]) * std::sqrt(square[3]);
-      if (eta[args.window] > args.guard_tol) report[kGuardError] = error;
-      guard = eta[args.window] > args.guard_tol && error > 0.1 * gap;
+      guard = eta[args.window] > args.guard_tol;
+      if (guard) report[kGuardError] = std::sqrt(square[0]) * std::sqrt(square[3]);
     }
     report[kGuard] = guard;
     report[kBroken] = broken;

@@ -19,7 +19,7 @@ struct Pencil {
 struct Options {
   int64_t k;               // wanted
   double tol;              // of the backward error
-  double guard_tol;        // of that of pair k + 1, unless it is told from pair k before
+  double guard_tol;        // of that of pair k + 1, so that a cluster at k is seen
   int64_t block;           // directions added in an iteration
   int64_t keep, capacity;  // vectors after and before a restart
   int64_t window;          // wanted pairs that are sought at once; locked when they have converged
