@@ -144,8 +144,8 @@ void run(const FusedEigh<T>& args, const Tensor& on) {
 #endif
   const int64_t lanes = fused_eigh_lanes(), groups = (args.batch + lanes - 1) / lanes;
   const int64_t work = 10 * args.n * args.n * args.n * args.batch;
-  // A group costs what n / 24 members cost LAPACK (measured with eight lanes).
-  if (args.n <= kFusedLanesLimit && 24 * args.batch >= args.n) {
+  // A group of eight lanes costs what n / 32 members cost LAPACK (measured).
+  if (args.n <= kFusedLanesLimit && 32 * args.batch >= args.n) {
     return parallel(groups, work, [&](auto& next) { fused_eigh_cpu(args, next); });
   }
   parallel(args.batch, work, [&](auto& next) { ByLapack<T>{args, on}.run(next); });
