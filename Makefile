@@ -53,6 +53,7 @@ bench: $(BUILD)
 	$(PYTHON) bench/exact_fisher.py --repeats 10
 	$(PYTHON) bench/accumulation.py --repeats 5
 	$(PYTHON) bench/collection.py --repeats 5
+	$(PYTHON) bench/small_pencils.py --repeats 5
 
 demo: $(BUILD)
 	$(VENV)/bin/sst-merge demo --out demo-out

@@ -186,7 +186,7 @@ def fused_can(n: int, tensors: list[Tensor]) -> bool:
 
 
 def fused_is_slow(n: int, count: int, device: torch.device) -> bool:
-    """Whether torch's operations beat `fused_eigh`: a single pencil on the CPU, too large for vector lanes."""
+    """Whether torch's operations are as fast as `fused_eigh`: for a single larger pencil on the CPU."""
     return device.type == "cpu" and n > 64 and count == 1
 
 

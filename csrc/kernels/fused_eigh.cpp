@@ -9,7 +9,6 @@
 
 #include "lane_eigen.h"
 #include "lane_group.h"
-#include "panel.h"
 #include "vector.h"
 
 namespace sst {
@@ -149,20 +148,18 @@ SST_INLINE void solve_groups(const FusedEigh<T>& args, std::atomic<int64_t>& nex
 
 }  // namespace
 
-int64_t fused_eigh_lanes() {
-  const int set = instruction_set_in_use();
+int64_t fused_eigh_lanes(int set) {
   int64_t lanes = 0;
   by_set(set, [&]<int Bytes, int>() __attribute__((always_inline)) { lanes = Group<Bytes>::kLanes; });
   return lanes;
 }
 
 template <class T>
-void fused_eigh_cpu(const FusedEigh<T>& args, std::atomic<int64_t>& next) {
-  by_set(instruction_set_in_use(),
-         [&]<int Bytes, int>() __attribute__((always_inline)) { solve_groups<Bytes>(args, next); });
+void fused_eigh_cpu(int set, const FusedEigh<T>& args, std::atomic<int64_t>& next) {
+  by_set(set, [&]<int Bytes, int>() __attribute__((always_inline)) { solve_groups<Bytes>(args, next); });
 }
 
-template void fused_eigh_cpu(const FusedEigh<float>&, std::atomic<int64_t>&);
-template void fused_eigh_cpu(const FusedEigh<double>&, std::atomic<int64_t>&);
+template void fused_eigh_cpu(int, const FusedEigh<float>&, std::atomic<int64_t>&);
+template void fused_eigh_cpu(int, const FusedEigh<double>&, std::atomic<int64_t>&);
 
 }  // namespace sst

@@ -36,14 +36,14 @@ struct FusedEigh {
   int64_t batch, n;
 };
 
-// Up to here groups of eight beat LAPACK twice (measured in float64 on an EPYC 9005, busy); beyond, the workspace
-// leaves the second cache far behind.
-constexpr int64_t kFusedLanesLimit = 128;
+// Up to here, and it has not been tried beyond, full groups of eight beat LAPACK twice (float64, EPYC of Zen 5 class).
+constexpr int64_t kFusedLanesLimit = 256;
 
-// One thread's share: it takes groups of fused_eigh_lanes() members from `next` until none is left. n >= 1.
-int64_t fused_eigh_lanes();
+// One thread's share, by an instruction set of panel.h: it takes groups of fused_eigh_lanes(set) members from `next`
+// until none is left. n >= 1.
+int64_t fused_eigh_lanes(int set);
 template <class T>
-void fused_eigh_cpu(const FusedEigh<T>& args, std::atomic<int64_t>& next);
+void fused_eigh_cpu(int set, const FusedEigh<T>& args, std::atomic<int64_t>& next);
 
 // On the current device: the largest n, and the launch; throw std::runtime_error if CUDA does. `stream` is a
 // cudaStream_t.

@@ -12,6 +12,7 @@
 
 #include "checks.h"
 #include "kernels/fused_eigh.h"
+#include "kernels/panel.h"
 #include "parallel.h"
 #ifdef SST_WITH_CUDA
 #include "stream.h"
@@ -142,11 +143,12 @@ void run(const FusedEigh<T>& args, const Tensor& on) {
     return fused_eigh_cuda(args, current_stream(on.get_device_index()));
   }
 #endif
-  const int64_t lanes = fused_eigh_lanes(), groups = (args.batch + lanes - 1) / lanes;
+  const int set = instruction_set_in_use();
+  const int64_t lanes = fused_eigh_lanes(set), groups = (args.batch + lanes - 1) / lanes;
   const int64_t work = 10 * args.n * args.n * args.n * args.batch;
-  // A group costs what n / 24 members cost LAPACK (measured with eight lanes).
-  if (args.n <= kFusedLanesLimit && 24 * args.batch >= args.n) {
-    return parallel(groups, work, [&](auto& next) { fused_eigh_cpu(args, next); });
+  // A group of eight lanes costs what n / 32 members cost LAPACK (measured).
+  if (args.n <= kFusedLanesLimit && 32 * args.batch >= args.n) {
+    return parallel(groups, work, [&](auto& next) { fused_eigh_cpu(set, args, next); });
   }
   parallel(args.batch, work, [&](auto& next) { ByLapack<T>{args, on}.run(next); });
 }

@@ -73,7 +73,7 @@ def test_pairs(shape: tuple[int, ...], pencils: Maker) -> None:
     check(A, B, values, vectors)
 
 
-@pytest.mark.parametrize("shape", [(2, 70), (9, 70), (3, 130)])
+@pytest.mark.parametrize("shape", [(2, 70), (9, 70), (3, 130), (8, 256)])
 def test_larger_pairs(shape: tuple[int, int], pencils: Maker) -> None:
     A, B = pencils(*shape)
     skip_beyond_limit(A)
@@ -106,7 +106,7 @@ def test_results_that_overflow(device: torch.device, dtype: torch.dtype) -> None
     assert info.tolist() == [2, 0] and values[0].isnan().all() and (values[1] == 1).all()
 
 
-@pytest.mark.parametrize("n", [1, 6, 33, 130])
+@pytest.mark.parametrize("n", [1, 6, 33, 230])
 def test_special_matrices(n: int, device: torch.device, dtype: torch.dtype) -> None:
     """Zero, identity, repeated eigenvalues, rank one, diagonal and graded both ways."""
     eye = torch.eye(n, dtype=torch.float64)

@@ -1,10 +1,11 @@
-// fused_eigh natively: the CPU kernel by every instruction set's lanes that the machine has, and the CUDA kernel thread
+// fused_eigh natively: the CPU kernel by every instruction set that the machine has, and the CUDA kernel thread
 // after thread (emulated_block.h), both by what defines the result: residuals and VᵀBV = I, in float64.
 #include <cmath>
 #include <limits>
 
 #include "emulated_block.h"
 #include "kernels/fused_eigh_block.h"
+#include "kernels/panel.h"
 
 namespace {
 
@@ -96,9 +97,9 @@ void run_blocks(Pencils<T>& pencils) {
 }
 
 template <class T>
-void run_lanes(Pencils<T>& pencils) {
+void run_lanes(Pencils<T>& pencils, int set) {
   std::atomic<int64_t> next{0};
-  fused_eigh_cpu(pencils.args(), next);
+  fused_eigh_cpu(set, pencils.args(), next);
 }
 
 template <class T, class Run>
@@ -153,8 +154,12 @@ void test_round_robin(int n) {
 
 template <class T>
 void test_type() {
-  for (int64_t n : {1, 2, 3, 4, 5, 16, 31, 64}) test<T>(11, n, run_lanes<T>);
-  test_faults<T>(6, run_lanes<T>);
+  for (int set = 0; set < kNumInstructionSets; ++set) {
+    if (!kInstructionSets[set].supported()) continue;
+    const auto run = [set](Pencils<T>& pencils) { run_lanes(pencils, set); };
+    for (int64_t n : {1, 2, 3, 4, 5, 16, 31, 64}) test<T>(11, n, run);
+    test_faults<T>(6, run);
+  }
   for (int64_t n : {1, 2, 3, 4, 7, 16, 33}) test<T>(2, n, run_blocks<T, 64>);
   test<T>(1, 40, run_blocks<T, 256>);
   test_faults<T>(6, run_blocks<T, 128>);
