@@ -77,15 +77,12 @@ def eigh(
     _check_options(b is not None, type, driver, subset_by_index, subset_by_value)
     as_numpy = not isinstance(a, Tensor)
     a, b = _as_pencil(a, b)
-    if check_finite:
-        a, b = (x if x is None else _mark_nonfinite(x) for x in (a, b))
     n = a.shape[-1]
     wanted = _columns(n, subset_by_index)
     keep_all = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (a, b))
     columns = slice(0, n) if keep_all else wanted
     w, v, fault = pairs(
-        Dense(a if lower else a.mH).to_dense(),
-        None if b is None else Dense(b if lower else b.mH).to_dense(),
+        *(x if x is None else _hermitian(x, lower, check_finite) for x in (a, b)),
         type if b is not None else 1,
         columns.start,
         columns.stop,
@@ -182,10 +179,13 @@ def _columns(n: int, by_index: Sequence[int] | None) -> slice:
     return slice(lo, hi + 1)
 
 
-def _mark_nonfinite(x: Tensor) -> Tensor:
-    """NaN throughout each matrix that holds NaN or infinity in either triangle."""
-    finite = torch.isfinite(x).all(-1).all(-1)
-    return torch.where(finite[..., None, None], x, torch.nan)
+def _hermitian(x: Tensor, lower: bool, check_finite: bool) -> Tensor:
+    """Matrices with both triangles filled from one; NaN on the diagonal where the other holds NaN or infinity."""
+    full = Dense(x if lower else x.mH).to_dense()
+    if check_finite:
+        mark = (0 * x.detach()).sum((-2, -1)).real  # 0 or NaN, and never overflows
+        full.diagonal(dim1=-2, dim2=-1).add_(mark[..., None])
+    return full
 
 
 def _within(w: Tensor, v: Tensor, bounds: Sequence[float], fault: Tensor) -> tuple[Tensor, Tensor]:

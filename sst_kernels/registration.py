@@ -60,10 +60,8 @@ def define(
 
 
 def _as_op(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel with what torch asks of one: fresh contiguous outputs, and no gradients recorded.
-
-    torch.compile may call it where lazy conjugates and negatives are out of force, and would read wrong numbers.
-    """
+    """The kernel as torch wants one: without recorded gradients, its outputs fresh and contiguous."""
+    # torch.compile may call it where lazy conjugates are out of force, and it would read wrong numbers
 
     def wrapped(*args: Any, **options: Any) -> Any:
         with torch._C._PreserveDispatchKeyGuard(), torch.no_grad():
