@@ -57,7 +57,7 @@ CholeskyInverse cholesky_inverse(const Tensor& b) {
   }
   CholeskyInverse found{nullptr, factor, std::vector<Definiteness>(batch, Definiteness::positive), safe};
   for (int64_t i = 0; i < batch; ++i) {
-    if (failed[i] == 0) continue;
+    if (failed[i] == 0 && std::isfinite(most[i])) continue;  // the root of infinity is no failure to LAPACK
     const double total = to_host(aten::sum_over(aten::sum_over(aten::tril(slice(b, 0, i, 1)), -1), -1))[0];
     found.definiteness[i] = std::isfinite(total) ? Definiteness::indefinite : Definiteness::not_finite;
     const Tensor place = slice(factor, 0, i, 1);

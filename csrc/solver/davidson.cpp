@@ -43,7 +43,8 @@ class Iteration {
     for (int64_t i = 0; i < batch; ++i) progress_[i].original = i;
     found_ = {.theta = torch::stable::new_zeros(norms, {batch, returned_}),
               .vectors = torch::stable::new_zeros(start, {batch, returned_, start.size(2)}),
-              .eta = torch::stable::new_zeros(norms, {batch, returned_}),
+              // 1 for pairs that are never judged.
+              .eta = torch::stable::full({batch, returned_}, 1.0, ScalarType::Double, std::nullopt, norms.device()),
               .outcome = std::vector<Outcome>(batch, Outcome::max_iterations),
               .guard_error = std::vector<double>(batch, 0),
               .certified = std::vector<bool>(batch, false)};

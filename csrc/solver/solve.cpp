@@ -107,6 +107,10 @@ Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor
     // The last round only judges what is there, from fresh products.
     Options now = options;
     now.max_iterations = last ? 0 : std::max<int64_t>(options.max_iterations - all.counts.iterations, 0);
+    if (last) {  // all wanted pairs at once
+      const int64_t more = options.k - options.window;
+      now.window += more, now.keep += more, now.capacity += more;
+    }
     const Found found = davidson(part, start, fresh, part_norms, now, all.counts, observer);
     if (round == 0) {
       all.theta = torch::stable::new_zeros(found.theta, {batch, found.theta.size(1)});

@@ -196,8 +196,8 @@ def test_bad_pencils_harm_no_other(method, device, n, k, dtype):
             assert all(torch.isnan(x[i]).all() for x in parts)
             continue
         alone = solve(Pencil(a[i], b[i]), k, method=method)
-        assert result.status[i].item() == alone.status.item()
-        assert result.status[i].item() & (FAULTY | Status.CONVERGED) == Status.CONVERGED
+        for one in (result.status[i], alone.status):
+            assert one.item() & (FAULTY | Status.CONVERGED) == Status.CONVERGED
         np.testing.assert_allclose(result.values[i].cpu(), alone.values.cpu(), rtol=20 * n * np.finfo(dtype).eps)
         one = EigenResult(*(x[i] for x in (*parts, result.status)), result.method, result.counts)
         exact = scipy.linalg.eigvalsh(*(x.astype(float) for x in pairs[i]))[::-1][:k]
