@@ -17,7 +17,7 @@ from .result import Counts, Spectrum, Status
 from .scaling import scale_by_power
 
 _NEAR_ONE = 2.0**30  # a dense matrix whose diagonal peaks within this of 1 is iterated with as it is
-_GUARD = 0.6  # the pair after the k-th must meet tol to this power, for a cluster to be seen
+_GUARD = 1e-8  # backward error (or 20 tol) that the pair after the k-th must meet, for a cluster to be seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
     numbers = [k, block, keep, capacity, window, options.max_iterations, options.inner_steps]
     flags = [int(single), int(options.start is not None)]
     theta, rows, errors, orthogonality, state, counts, history = _run(
-        program, codes, rows, fresh, numbers + flags, [tol, tol**_GUARD]
+        program, codes, rows, fresh, numbers + flags, [tol, max(20 * tol, _GUARD)]
     )
     *counts, own = (int(x) for x in counts)
     power = (a_exponent - b_exponent).expand(shape)

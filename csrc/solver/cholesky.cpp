@@ -41,20 +41,35 @@ std::vector<double> to_host(const Tensor& x) {
   return {data, data + host.numel()};
 }
 
+struct Factor {
+  Tensor factor;                    // (N, n, n)
+  std::vector<bool> failed;         // whether there is none, or none that is finite
+  std::vector<double> least, most;  // of its diagonal
+};
+
+Factor factorize(const Tensor& b, ScalarType dtype) {
+  const auto [factor, info] = aten::cholesky_ex(to_dtype(b, dtype));
+  const Tensor pivots = aten::diagonal(factor);
+  Factor found{factor, {}, to_host(aten::amin(pivots, -1)), to_host(torch::stable::amax(pivots, -1, false))};
+  const std::vector<double> infos = to_host(info);
+  for (size_t i = 0; i < infos.size(); ++i) {
+    found.failed.push_back(infos[i] != 0 || !std::isfinite(found.least[i]) || !std::isfinite(found.most[i]));
+  }
+  return found;
+}
+
 }  // namespace
 
 CholeskyInverse cholesky_inverse(const Tensor& b) {
   const int64_t batch = b.size(0), n = b.size(1);
-  auto [factor, info] = aten::cholesky_ex(to_dtype(b, ScalarType::Float));
-  const Tensor pivots = aten::diagonal(factor);
-  const std::vector<double> least = to_host(aten::amin(pivots, -1)), most = to_host(torch::stable::amax(pivots, -1, false));
-  std::vector<double> failed = to_host(info);
+  Factor made = factorize(b, ScalarType::Float);
   bool safe = true;
-  for (int64_t i = 0; i < batch; ++i) safe = safe && failed[i] == 0 && least[i] * least[i] >= kSafe * most[i] * most[i];
-  if (!safe) {
-    std::tie(factor, info) = aten::cholesky_ex(to_dtype(b, ScalarType::Double));
-    failed = to_host(info);
+  for (int64_t i = 0; i < batch; ++i) {
+    safe = safe && !made.failed[i] && made.least[i] * made.least[i] >=
+                                                  kSafe * made.most[i] * made.most[i];
   }
+  if (!safe) made = factorize(b, ScalarType::Double);
+  const auto& [factor, failed, least, most] = made;
   CholeskyInverse found{nullptr, factor, std::vector<Definiteness>(batch, Definiteness::positive), safe};
   for (int64_t i = 0; i < batch; ++i) {
     if (failed[i] == 0 && std::isfinite(most[i])) continue;  // the root of infinity is no failure to LAPACK
