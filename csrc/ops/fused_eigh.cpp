@@ -119,17 +119,6 @@ void visit_wide(const Tensor& on, F f) {
   f.template operator()<float>();
 }
 
-int64_t fused_eigh_limit([[maybe_unused]] const Tensor& like) {
-  int64_t limit = std::numeric_limits<int64_t>::max();
-#ifdef SST_WITH_CUDA
-  if (like.is_cuda()) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-    visit_wide(like, [&]<class T>() { limit = fused_eigh_cuda_limit<T>(); });
-  }
-#endif
-  return limit;
-}
-
 template <class T>
 void run(const FusedEigh<T>& args, const Tensor& on) {
 #ifdef SST_WITH_CUDA
@@ -159,6 +148,17 @@ Matrices<T> matrices(const Tensor& flat) {
 }
 
 }  // namespace
+
+int64_t fused_eigh_limit([[maybe_unused]] const Tensor& like) {
+  int64_t limit = std::numeric_limits<int64_t>::max();
+#ifdef SST_WITH_CUDA
+  if (like.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    visit_wide(like, [&]<class T>() { limit = fused_eigh_cuda_limit<T>(); });
+  }
+#endif
+  return limit;
+}
 
 std::tuple<Tensor, Tensor, Tensor> fused_eigh(const Tensor& a, const Tensor& b) {
   check_pencils({kOp, "A", a}, {kOp, "B", b});

@@ -14,4 +14,7 @@ namespace sst {
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> fused_eigh(
     const torch::stable::Tensor& a, const torch::stable::Tensor& b);
 
+// The largest n that fused_eigh takes, in the dtype and on the device of `like`.
+int64_t fused_eigh_limit(const torch::stable::Tensor& like);
+
 }  // namespace sst

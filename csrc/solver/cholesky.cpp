@@ -14,7 +14,8 @@ constexpr double kSafe = 1e-5;
 
 // The rows L⁻¹x.
 Tensor solve_factor(const Tensor& factor, const Tensor& x) {
-  return aten::solve_triangular(transposed(factor), x, true, false);
+  // From the left, on columns: MKL is five times slower from the right.
+  return transposed(aten::solve_triangular(factor, transposed(x), false, true));
 }
 
 class Cholesky : public Operator {
@@ -82,7 +83,9 @@ CholeskyInverse cholesky_inverse(const Tensor& b) {
   return found;
 }
 
-Tensor solve_adjoint(const Tensor& factor, const Tensor& y) { return aten::solve_triangular(factor, y, false, false); }
+Tensor solve_adjoint(const Tensor& factor, const Tensor& y) {
+  return transposed(aten::solve_triangular(transposed(factor), transposed(y), true, true));
+}
 
 Tensor congruence(const Tensor& a, const Tensor& factor) {
   const Tensor lower = aten::tril(to_dtype(a, factor.scalar_type()));

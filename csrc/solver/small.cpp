@@ -1,5 +1,6 @@
 #include "small.h"
 
+#include "ops/fused_eigh.h"
 #include "ops/parallel.h"
 #ifdef SST_WITH_CUDA
 #include "ops/stream.h"
@@ -34,6 +35,17 @@ void run(const Args& args, void (*on_cpu)(const Args&, std::atomic<int64_t>&),
 #define SST_RUN(step, args, work, on) run(args, step##_cpu, {}, work, on)
 #endif
 
+// Eigenvalues ascending, and eigenvectors as rows. On CUDA in one launch where the matrices fit: torch loops over them.
+std::pair<Tensor, Tensor> standard_eigh(const Tensor& a) {
+  if (a.is_cuda() && a.size(1) <= fused_eigh_limit(a)) {
+    const Tensor eye = aten::expand(aten::eye_like(a, a.size(1)), {a.size(0), a.size(1), a.size(1)});
+    const auto [values, vectors, info] = fused_eigh(a, eye);
+    return {values, aten::transposed(vectors)};
+  }
+  const auto [values, vectors] = aten::linalg_eigh(a);
+  return {values, aten::transposed(vectors)};
+}
+
 }  // namespace
 
 SmallEigen ritz_pairs(const Tensor& h, const Tensor& valid) {
@@ -44,8 +56,8 @@ SmallEigen ritz_pairs(const Tensor& h, const Tensor& valid) {
                         .valid = doubles(valid), .valid_batch = valid.stride(0), .out = doubles(negated), .sorted_valid = doubles(sorted_valid),
                         .broken = doubles(broken), .largest = doubles(largest)};
   SST_RUN(ritz_matrix, args, m * m, h);
-  const auto [values, vectors] = aten::linalg_eigh(negated);
-  return {aten::neg(values), aten::transposed(vectors), aten::neg(negated), sorted_valid, broken};
+  const auto [values, rows] = standard_eigh(negated);
+  return {aten::neg(values), rows, aten::neg(negated), sorted_valid, broken};
 }
 
 Orthonormal orthonormalizer(const Tensor& c, const Tensor& g, const Tensor* magnitude, double drop, double rounding,
