@@ -61,7 +61,8 @@ class Iteration {
       const Step step = decide(reports, iteration);
       if (step.any_finished) store(ritz, pairs);
       if (step.remaining == 0) return std::move(found_);
-      const int64_t block = std::min(options_.block, step.block);
+      // Where all that is sought has converged, but cannot be locked yet, the pairs that come next.
+      const int64_t block = step.block > 0 ? std::min(options_.block, step.block) : pairs.judgement.chosen.size(1);
       if (iteration == kVeryHard) shift(pairs);
       Tensor t = step.refresh ? fresh_rows(block) : correction(pairs, block, iteration < kHard ? 0 : options_.inner);
       if (step.lock > 0) {

@@ -106,6 +106,12 @@ Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor
     const Tensor part_norms = whole ? norms : aten::index_select(norms, 0, index);
     // The last round only judges what is there, from fresh products.
     Options now = options;
+    if (round > 0) {  // the start holds all k: nothing is locked, and each pair is judged
+      const int64_t locked = options.k - options.window;
+      now.window += locked;
+      now.keep += locked;
+      now.capacity += locked;
+    }
     now.max_iterations = last ? 0 : std::max<int64_t>(options.max_iterations - all.counts.iterations, 0);
     const Found found = davidson(part, start, fresh, part_norms, now, all.counts, observer);
     if (round == 0) {

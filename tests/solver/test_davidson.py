@@ -1,0 +1,79 @@
+"""The block Jacobi–Davidson method beside LAPACK: locking, warm starts, batches, faults, callables, interruption."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from pencils import kfac, planted
+from torch import Tensor
+
+from sst_kernels.davidson import DavidsonOptions
+from sst_kernels.operators import Dense, Operator
+from sst_kernels.pencil import Pencil
+from sst_kernels.result import EigenResult, Status
+from sst_kernels.solve import solve
+
+N = 240  # well above the search space for k <= 10
+
+
+def power_law(n: int = N, seed: int = 0) -> Pencil:
+    """cond(B) ≈ 100, λ decaying slowly: some twenty iterations."""
+    return Pencil(*(torch.from_numpy(x) for x in kfac(n, damping=1.0, seed=seed)[:2]))
+
+
+def exact_vectors(pencil: Pencil) -> Tensor:
+    """All eigenvectors as columns, λ descending, of a pencil without batch."""
+    vectors = scipy.linalg.eigh(*(x.numpy() for x in pencil.dense()))[1]
+    return torch.from_numpy(vectors[:, ::-1].copy())
+
+
+def check(result: EigenResult, pencil: Pencil, *, where: Tensor | None = None) -> None:
+    """Every pencil, or those of the mask `where`, beside LAPACK in float64: values, residual, B-orthogonality, status."""
+    n, k = pencil.n, result.values.shape[-1]
+    a, b = (x.reshape(-1, n, n).double().numpy(force=True) for x in pencil.dense())
+    values, vectors = result.values.reshape(-1, k), result.vectors.reshape(-1, n, k)
+    claimed = result.backward_errors.reshape(-1, k).double().numpy(force=True)
+    eps, tol = torch.finfo(pencil.dtype).eps, pencil.tolerance
+    for i in range(len(a)):
+        if where is not None and not where.flatten()[i]:
+            continue
+        assert int(result.status.flatten()[i]) & ~int(Status.VERIFIED | Status.CLUSTER_AT_K) == Status.CONVERGED
+        exact = scipy.linalg.eigvalsh(a[i], b[i])[::-1][:k]
+        w, v = (x[i].double().numpy(force=True) for x in (values, vectors))
+        assert (np.diff(w) <= 0).all()
+        norms = np.linalg.norm(a[i], 2) + np.abs(w) * np.linalg.norm(b[i], 2)
+        errors = np.linalg.norm(a[i] @ v - b[i] @ v * w, axis=0) / np.linalg.norm(v, axis=0) / np.maximum(norms, 1e-300)
+        assert (errors <= tol + n * eps).all()
+        # certificates are never flattered, but by rounding
+        assert (claimed[i] >= 0.9 * errors - n * eps).all()
+        gram = v.T @ b[i] @ v
+        assert np.abs(gram - np.eye(k)).max() <= 30 * eps * np.linalg.cond(b[i])
+        # |λ − θ| <= vᵀ r for B-normed v, so at most this
+        size = norms * tol / np.linalg.eigvalsh(b[i])[0]
+        np.testing.assert_allclose(w, exact, rtol=0, atol=size.max() + n * eps * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("single_start", [False, True])
+def test_more_pairs_than_the_window_are_locked(single_start):
+    pencil = power_law()
+    result = solve(pencil, 20, method="davidson", options=DavidsonOptions(window=4, single_start=single_start))
+    check(result, pencil)
+    assert (result.backward_errors > 0).all()  # each was judged
+
+
+def test_sixty_pairs_by_the_default_window():
+    pencil = power_law(400)
+    result = solve(pencil, 60, method="davidson")
+    check(result, pencil)
+    assert (result.backward_errors > 0).all()
+    assert result.status.item() == Status.CONVERGED | Status.VERIFIED
+
+
+def test_a_start_that_fills_the_window_over_and_over():
+    """All that is sought converges without a direction to expand by, before there is room to lock."""
+    pencil = power_law()
+    start = exact_vectors(pencil)[:, :21]
+    options = DavidsonOptions(window=4, single_start=False, start=start)
+    check(solve(pencil, 20, method="davidson", options=options), pencil)
