@@ -31,8 +31,9 @@ class DavidsonOptions:
         capacity: vectors that the search space holds, at least keep + 2 block.
         max_iterations: limit of all iterations together.
         inner_steps: most steps of the correction equation's solver, once a pencil proves hard.
-        single_start: whether float64 pencils are first solved in float32 as far as that goes.
-        start: (..., n, m) vectors near the wanted ones, in the batch shape of the pencil, of any length.
+        single_start: whether float64 pencils without `start` are first solved in float32 as far as that goes.
+        start: (..., n, m) vectors near the wanted ones, in the batch shape of the pencil, of any length and number;
+            those that are zero or not finite count for nothing.
         preconditioner: K⁻¹ ≈ B⁻¹, symmetric positive definite. None means the float32 Cholesky factor of a
             dense B, else what `sst_kernels.preconditioners.preconditioner` makes of B.
     """
@@ -92,14 +93,15 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
     n, shape = pencil.n, pencil.batch_shape
     block, window, keep, capacity = options.sizes(k)
     (a, a_exponent), (b, b_exponent) = _near_one(pencil.A), _near_one(pencil.B)
+    warm = options.start is not None
     program = Program(shape)
     codes = [program.encode(a), program.encode(b), _encode_inverse(program, b, options)]
     rows, fresh = _random_rows(pencil, max(window + 1, block), seed)
-    if options.start is not None:
+    if warm:
         rows = _start_rows(options.start, rows, shape)
-    single = options.single_start and pencil.dtype == torch.float64 and not program.calls_python
+    single = options.single_start and not warm and pencil.dtype == torch.float64 and not program.calls_python
     numbers = [k, block, keep, capacity, window, options.max_iterations, options.inner_steps]
-    flags = [int(single), int(options.start is not None)]
+    flags = [int(single), int(warm)]
     theta, rows, errors, orthogonality, state, counts, history = _run(
         program, codes, rows, fresh, numbers + flags, [tol, tol**_GUARD]
     )
@@ -173,6 +175,7 @@ def _start_rows(start: Tensor, rows: Tensor, batch_shape: torch.Size) -> Tensor:
             f"DavidsonOptions: start must be (..., n, m) = {(*batch_shape, n, 'm')} {rows.dtype} on {rows.device}, "
             f"got {tuple(start.shape)} {start.dtype} on {start.device}"
         )
-    given = start.reshape(-1, n, start.shape[-1]).mT
-    given = given / torch.linalg.vector_norm(given, dim=-1, keepdim=True)
+    given = start.reshape(rows.shape[0], n, start.shape[-1]).mT
+    for order in (torch.inf, 2):
+        given = (given / torch.linalg.vector_norm(given, order, dim=-1, keepdim=True)).nan_to_num(0, 0, 0)
     return torch.cat([given, rows[:, given.shape[1] :]], 1).contiguous()

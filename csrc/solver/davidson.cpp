@@ -37,7 +37,9 @@ class Iteration {
   Iteration(const Pencil& pencil, const Tensor& start, const Tensor& fresh, const Tensor& norms, const Options& options,
             Counts& counts, const Observer& observer)
       : pencil_(pencil), fresh_(fresh), norms_(norms), running_norms_(norms), options_(options), counts_(counts), observer_(observer),
-        basis_(start, start.size(0), start.size(2), options.capacity + (options.k > options.window ? options.k : 0)), progress_(start.size(0)),
+        basis_(start, start.size(0), start.size(2),
+               std::max(options.capacity + (options.k > options.window ? options.k : 0), start.size(1))),
+        progress_(start.size(0)),
         returned_(options.k + std::max<int64_t>(options.keep - options.window, 1)) {
     const int64_t batch = start.size(0);
     for (int64_t i = 0; i < batch; ++i) progress_[i].original = i;

@@ -29,7 +29,8 @@ Tensor row_norms(const Tensor& x) {
 Tensor norm_estimate(const Operator& op, Tensor x) {
   Tensor norm;
   for (int64_t step = 0; step <= kPowerSteps; ++step) {
-    const Tensor scale = to_dtype(aten::unsqueeze(aten::reciprocal(row_norms(x)), 2), x.scalar_type());
+    const Tensor scale =
+        to_dtype(aten::unsqueeze(aten::finite_or_zero(aten::reciprocal(row_norms(x))), 2), x.scalar_type());
     x = op.apply(aten::mul(x, scale));
     norm = row_norms(x);
   }

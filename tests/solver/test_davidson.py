@@ -77,3 +77,53 @@ def test_a_start_that_fills_the_window_over_and_over():
     start = exact_vectors(pencil)[:, :21]
     options = DavidsonOptions(window=4, single_start=False, start=start)
     check(solve(pencil, 20, method="davidson", options=options), pencil)
+
+
+def with_start(pencil: Pencil, start: Tensor, k: int = 5, **options: object) -> EigenResult:
+    return solve(pencil, k, method="davidson", options=DavidsonOptions(start=start, **options))
+
+
+def test_exact_start_needs_no_iteration():
+    pencil = power_law()
+    result = with_start(pencil, exact_vectors(pencil)[:, :6])
+    check(result, pencil)
+    assert result.counts.iterations <= 2
+
+
+@pytest.mark.parametrize("columns", [0, 1, 3, 6, 60, 100, N])
+def test_start_of_any_number_of_columns(columns):
+    pencil = power_law()
+    cold = solve(pencil, 5, method="davidson")
+    result = with_start(pencil, exact_vectors(pencil)[:, :columns])
+    check(result, pencil)
+    assert result.counts.iterations <= cold.counts.iterations + 8
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_useless_columns_of_a_start_count_for_nothing(value):
+    pencil = power_law()
+    start = exact_vectors(pencil)[:, :8].clone()
+    start[:, 6] = value
+    start[3, 7] = value
+    check(with_start(pencil, start), pencil)
+    check(with_start(pencil, torch.full((N, 7), value, dtype=torch.float64)), pencil)
+
+
+def test_start_of_repeated_columns():
+    pencil = power_law()
+    check(with_start(pencil, exact_vectors(pencil)[:, :1].expand(-1, 9)), pencil)
+    check(with_start(pencil, torch.ones(N, 1, dtype=torch.float64) * 1e-200), pencil)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        torch.zeros(N - 1, 3, dtype=torch.float64),
+        torch.zeros(2, N, 3, dtype=torch.float64),
+        torch.zeros(N, dtype=torch.float64),
+        torch.zeros(N, 3),
+    ],
+)
+def test_start_of_wrong_shape_or_dtype(start):
+    with pytest.raises(ValueError, match=rf"start must be .*\({N}, 'm'\).*got"):
+        with_start(power_law(), start)
