@@ -317,7 +317,7 @@ class Iteration {
   std::optional<Tensor> previous_;     // (N, p, m of then): coefficients of the block before
   Tensor locked_theta_, locked_eta_;   // (N, locked)
   bool restarted_ = false, careful_ = false;
-  bool separable_ = pencil_.a->separable() && pencil_.b->separable() && pencil_.inverse->separable();
+  bool separable_ = pencil_.separable();
 };
 
 }  // namespace

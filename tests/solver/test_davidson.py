@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from pencils import kfac, planted
+from pencils import FAULTS, kfac, planted, with_fault
 from torch import Tensor
 
 from sst_kernels.davidson import DavidsonOptions
-from sst_kernels.operators import Dense, Operator
+from sst_kernels.operators import Dense, Diagonal, Kronecker, Operator
 from sst_kernels.pencil import Pencil
 from sst_kernels.result import EigenResult, Status
 from sst_kernels.solve import solve
+from sst_kernels.structured import FunctionOperator
 
 N = 240  # well above the search space for k <= 10
 
@@ -127,3 +128,20 @@ def test_start_of_repeated_columns():
 def test_start_of_wrong_shape_or_dtype(start):
     with pytest.raises(ValueError, match=rf"start must be .*\({N}, 'm'\).*got"):
         with_start(power_law(), start)
+
+
+def callable_of(matrix: Tensor) -> FunctionOperator:
+    return FunctionOperator(lambda x: matrix @ x, matrix.shape, matrix.dtype)
+
+
+@pytest.mark.parametrize("sides", ["A", "B", "AB"])
+@pytest.mark.parametrize("fault", ["nan in A", "indefinite"])
+def test_a_bad_pencil_in_a_batch_of_callables(sides, fault):
+    """Callables cannot be called for a part of their batch, so the whole of it is taken along."""
+    pairs = [kfac(N, 1.0, seed=seed)[:2] for seed in range(3)]
+    pairs[1] = with_fault(fault, *pairs[1])
+    a, b = (torch.from_numpy(np.stack(x)) for x in zip(*pairs, strict=True))
+    pencil = Pencil(callable_of(a.tril() + a.tril(-1).mT) if "A" in sides else a, callable_of(b) if "B" in sides else b)
+    result = solve(pencil, 4, method="davidson")
+    assert result.status[1] == FAULTS[fault]
+    check(result, Pencil(a, b), where=torch.tensor([True, False, True]))
