@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from pencils import FAULTS, kfac, planted, with_fault
+from pencils import FAULTS, kfac, with_fault
 from torch import Tensor
 
 from sst_kernels.davidson import DavidsonOptions
-from sst_kernels.operators import Dense, Diagonal, Kronecker, Operator
+from sst_kernels.operators import Diagonal, Kronecker
 from sst_kernels.pencil import Pencil
 from sst_kernels.result import EigenResult, Status
 from sst_kernels.solve import solve
-from sst_kernels.structured import FunctionOperator
+from sst_kernels.structured import EKFAC, FunctionOperator, LowRankPlusDiagonal
 
 N = 240  # well above the search space for k <= 10
 
@@ -31,7 +31,7 @@ def exact_vectors(pencil: Pencil) -> Tensor:
 
 
 def check(result: EigenResult, pencil: Pencil, *, where: Tensor | None = None) -> None:
-    """Every pencil, or those of the mask `where`, beside LAPACK in float64: values, residual, B-orthogonality, status."""
+    """Each pencil, or those of the mask `where`, beside LAPACK in float64: values, residual, B-orthogonality, status."""
     n, k = pencil.n, result.values.shape[-1]
     a, b = (x.reshape(-1, n, n).double().numpy(force=True) for x in pencil.dense())
     values, vectors = result.values.reshape(-1, k), result.vectors.reshape(-1, n, k)
@@ -145,3 +145,59 @@ def test_a_bad_pencil_in_a_batch_of_callables(sides, fault):
     result = solve(pencil, 4, method="davidson")
     assert result.status[1] == FAULTS[fault]
     check(result, Pencil(a, b), where=torch.tensor([True, False, True]))
+
+
+@pytest.mark.parametrize(
+    ("entry", "status"),
+    [(-1e-3, Status.NOT_POSITIVE_DEFINITE), (0.0, Status.NOT_POSITIVE_DEFINITE), (np.nan, Status.NON_FINITE)],
+)
+@pytest.mark.parametrize("kind", ["Diagonal", "Kronecker", "EKFAC", "LowRankPlusDiagonal"])
+def test_faults_that_the_structure_of_b_shows(kind, entry, status):
+    """Found by looking, not by a direction that the iteration happens to take."""
+    good = torch.linspace(1, 2, N, dtype=torch.float64)
+    bad = torch.where(torch.arange(N) == 7, entry, good)
+    a = power_law().A
+    if kind == "Diagonal":
+        b = Diagonal(torch.stack([good, bad]))
+    elif kind == "Kronecker":
+        b = Kronecker(Diagonal(torch.stack([good[:12], bad[:12]])), Diagonal(good[:20]))
+    elif kind == "EKFAC":
+        u, w = torch.eye(12, dtype=torch.float64), torch.eye(20, dtype=torch.float64)
+        b = EKFAC(u, w, torch.stack([good, bad]).reshape(2, 12, 20))
+    else:
+        many = torch.where(torch.arange(N) < 9, bad[7], good)  # more than the rank can lift
+        b = LowRankPlusDiagonal(torch.eye(N, 3, dtype=torch.float64), torch.stack([good, many]))
+    result = solve(Pencil(a, b), 4, method="davidson")
+    assert result.status.tolist() == [Status.CONVERGED, status]
+    assert result.values[1].isnan().all()
+    check(result, Pencil(a, b), where=torch.tensor([True, False]))
+
+
+def test_preconditioner_of_another_pencil():
+    for other in (Diagonal(torch.ones(N - 1, dtype=torch.float64)), Diagonal(torch.ones(N))):
+        with pytest.raises(ValueError, match="preconditioner must be of order"):
+            solve(power_law(), 3, method="davidson", options=DavidsonOptions(preconditioner=other))
+
+
+def test_empty_batch():
+    a, b = power_law(20).dense()
+    for pencil in (Pencil(a.expand(0, -1, -1), b), Pencil(Diagonal(b.diagonal()), b.expand(2, 0, -1, -1))):
+        result = solve(pencil, 3, method="davidson")
+        assert result.values.shape == (*pencil.batch_shape, 3)
+        assert result.vectors.shape == (*pencil.batch_shape, 20, 3)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"block": 0},
+        {"window": 0},
+        {"window": 4, "keep": 4},
+        {"keep": 8, "capacity": 15, "block": 4},
+        {"max_iterations": -1},
+        {"inner_steps": -1},
+    ],
+)
+def test_options_that_contradict(sizes):
+    with pytest.raises(ValueError, match=r"DavidsonOptions: .* got"):
+        solve(power_law(), 6, method="davidson", options=DavidsonOptions(**sizes))
