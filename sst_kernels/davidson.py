@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _C
 from .operators import Dense, Operator
 from .pencil import Pencil
-from .preconditioners import preconditioner
+from .preconditioners import factored_inverse, preconditioner
 from .program import Program
 from .result import Counts, Spectrum, Status
 from .scaling import scale_by_power
@@ -31,8 +31,9 @@ class DavidsonOptions:
         capacity: vectors that the search space holds, at least keep + 2 block.
         max_iterations: limit of all iterations together.
         inner_steps: most steps of the correction equation's solver, once a pencil proves hard.
-        single_start: whether float64 pencils are first solved in float32 as far as that goes.
-        start: (..., n, m) vectors near the wanted ones, in the batch shape of the pencil, of any length.
+        single_start: whether float64 pencils without `start` are first solved in float32 as far as that goes.
+        start: (..., n, m) vectors near the wanted ones, in the batch shape of the pencil, of any length and number;
+            those that are zero or not finite count for nothing.
         preconditioner: K⁻¹ ≈ B⁻¹, symmetric positive definite. None means the float32 Cholesky factor of a
             dense B, else what `sst_kernels.preconditioners.preconditioner` makes of B.
     """
@@ -48,10 +49,13 @@ class DavidsonOptions:
     preconditioner: Operator | None = None
 
     def sizes(self, k: int) -> tuple[int, int, int, int]:
-        """Block, window, keep and capacity for k wanted pairs.
+        """Sizes for k wanted pairs.
+
+        Returns:
+            Block, window, keep and capacity.
 
         Raises:
-            ValueError: if they contradict each other.
+            ValueError: if they contradict each other, or a limit is negative.
         """
         window = min(k, 48 if self.window is None else self.window)
         block = min(max(k, 4), 16) if self.block is None else self.block
@@ -61,6 +65,11 @@ class DavidsonOptions:
             raise ValueError(
                 "DavidsonOptions: window >= 1, block >= 1, keep > window and capacity >= keep + 2 block must hold, "
                 f"got window = {window}, block = {block}, keep = {keep}, capacity = {capacity}"
+            )
+        if self.max_iterations < 0 or self.inner_steps < 0:
+            raise ValueError(
+                "DavidsonOptions: max_iterations and inner_steps must be at least 0, "
+                f"got {self.max_iterations} and {self.inner_steps}"
             )
         return block, window, keep, capacity
 
@@ -92,20 +101,23 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
     n, shape = pencil.n, pencil.batch_shape
     block, window, keep, capacity = options.sizes(k)
     (a, a_exponent), (b, b_exponent) = _near_one(pencil.A), _near_one(pencil.B)
+    warm = options.start is not None
     program = Program(shape)
-    codes = [program.encode(a), program.encode(b), _encode_inverse(program, b, options)]
+    codes = [program.encode(a), program.encode(b)]
+    inverse, fault = _inverse(b, options.preconditioner)
+    codes.append([] if inverse is None else program.encode(inverse))
     rows, fresh = _random_rows(pencil, max(window + 1, block), seed)
-    if options.start is not None:
+    if warm:
         rows = _start_rows(options.start, rows, shape)
-    single = options.single_start and pencil.dtype == torch.float64 and not program.calls_python
+    single = options.single_start and not warm and pencil.dtype == torch.float64 and not program.calls_python
     numbers = [k, block, keep, capacity, window, options.max_iterations, options.inner_steps]
-    flags = [int(single), int(options.start is not None)]
+    flags = [int(single), int(warm)]
     theta, rows, errors, orthogonality, state, counts, history = _run(
         program, codes, rows, fresh, numbers + flags, [tol, max(20 * tol, _GUARD)]
     )
     *counts, own = (int(x) for x in counts)
     power = (a_exponent - b_exponent).expand(shape)
-    values = scale_by_power(theta.reshape(*shape, -1), power[..., None])
+    values = scale_by_power(theta.reshape(*shape, theta.shape[-1]), power[..., None])
     vectors = rows[:, :k].mT.reshape(*shape, n, k)
     vectors = scale_by_power(vectors, -(b_exponent // 2).expand(shape)[..., None, None])
     status, guard_error = state.to(pencil.device).reshape(*shape, 2).unbind(-1)
@@ -114,7 +126,7 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
         values.to(pencil.dtype),
         vectors,
         torch.maximum(rounding, scale_by_power(guard_error, power)),
-        status.long() & ~int(Status.CONVERGED),
+        status.long() & ~int(Status.CONVERGED) | fault,
         errors[:, :k].reshape(*shape, k).to(pencil.dtype) if own else None,
         orthogonality.reshape(shape).to(pencil.dtype) if own else None,
         Counts(*counts),
@@ -145,11 +157,19 @@ def _near_one(op: Operator) -> tuple[Operator, Tensor]:
     return op.normalized()
 
 
-def _encode_inverse(program: Program, b: Operator, options: DavidsonOptions) -> list[int]:
-    """Code of K⁻¹; empty where the solver factors B."""
-    if options.preconditioner is not None:
-        return program.encode(options.preconditioner)
-    return [] if isinstance(b, Dense) else program.encode(preconditioner(b) or b.identity())
+def _inverse(b: Operator, given: Operator | None) -> tuple[Operator | None, Tensor | int]:
+    """K⁻¹, None where the solver factors B, and the faults of B that its structure shows."""
+    if given is not None:
+        if (given.n, given.dtype, given.device) != (b.n, b.dtype, b.device):
+            raise ValueError(
+                f"DavidsonOptions: preconditioner must be of order {b.n}, {b.dtype} on {b.device} as A and B, "
+                f"got {tuple(given.shape)} {given.dtype} on {given.device}"
+            )
+        return given, 0
+    if isinstance(b, Dense):
+        return None, 0
+    found = factored_inverse(b)
+    return (preconditioner(b) or b.identity(), 0) if found is None else found
 
 
 def _random_rows(pencil: Pencil, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -163,6 +183,9 @@ def _random_rows(pencil: Pencil, count: int, seed: int) -> tuple[Tensor, Tensor]
 def _start_rows(start: Tensor, rows: Tensor, batch_shape: torch.Size) -> Tensor:
     """The caller's vectors as rows, with random ones behind them if they are too few.
 
+    Returns:
+        Rows (N, max(m, count), n) of length 1 or 0.
+
     Raises:
         ValueError: if their shape, dtype or device do not fit the pencil.
     """
@@ -173,6 +196,7 @@ def _start_rows(start: Tensor, rows: Tensor, batch_shape: torch.Size) -> Tensor:
             f"DavidsonOptions: start must be (..., n, m) = {(*batch_shape, n, 'm')} {rows.dtype} on {rows.device}, "
             f"got {tuple(start.shape)} {start.dtype} on {start.device}"
         )
-    given = start.reshape(-1, n, start.shape[-1]).mT
-    given = given / torch.linalg.vector_norm(given, dim=-1, keepdim=True)
+    given = start.reshape(rows.shape[0], n, start.shape[-1]).mT
+    for order in (torch.inf, 2):
+        given = (given / torch.linalg.vector_norm(given, order, dim=-1, keepdim=True)).nan_to_num(0, 0, 0)
     return torch.cat([given, rows[:, given.shape[1] :]], 1).contiguous()

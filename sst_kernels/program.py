@@ -126,6 +126,9 @@ class Program:
     def apply(self, rows: Tensor, index: int) -> Tensor:
         """Rows (N, m, n) ↦ rows, by the callable of that number.
 
+        Returns:
+            Rows (N, m, n).
+
         Raises:
             BaseException: what the callable raises; kept in `error` too, for it does not survive the way back.
         """

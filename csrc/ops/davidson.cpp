@@ -86,7 +86,7 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
   s.vectors = torch::stable::new_zeros(rows, {batch, r, n});
   s.b_orthogonality = torch::stable::new_zeros(rows, {batch}, ScalarType::Double);
   if (!good.empty()) {
-    const bool whole = static_cast<int64_t>(good.size()) == batch;
+    const bool whole = static_cast<int64_t>(good.size()) == batch || !pencil.separable();
     Tensor start = rows, random = fresh;
     if (!whole) {
       const Tensor index = index_tensor(good, rows);
@@ -104,11 +104,12 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
     Solution found = solve(pencil, start, numbers[kWarm] != 0, random, options, single && !factor, observer);
     if (factor) found.vectors = aten::to_dtype(solve_adjoint(*factor, found.vectors), rows.scalar_type());
     s.counts = found.counts;
-    for (size_t i = 0; i < good.size(); ++i) {
-      status[good[i]] = static_cast<double>(found.outcome[i]);
-      guard_error[good[i]] = found.guard_error[i];
+    for (size_t j = 0; j < good.size(); ++j) {
+      const int64_t i = whole ? good[j] : static_cast<int64_t>(j);  // its place in `found`
+      status[good[j]] = static_cast<double>(found.outcome[i]);
+      guard_error[good[j]] = found.guard_error[i];
       const auto put = [&](const Tensor& to, const Tensor& from) {
-        aten::copy_(aten::slice(to, 0, good[i], 1), aten::slice(from, 0, static_cast<int64_t>(i), 1));
+        aten::copy_(aten::slice(to, 0, good[j], 1), aten::slice(from, 0, i, 1));
       };
       put(s.theta, found.theta);
       put(s.vectors, found.vectors);
@@ -117,10 +118,7 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
     }
   }
   for (int64_t i = 0; i < batch; ++i) {
-    if (status[i] == static_cast<double>(Outcome::non_finite) ||
-        status[i] == static_cast<double>(Outcome::not_positive_definite)) {
-      blank(s, i);
-    }
+    if (is_fault(static_cast<Outcome>(status[i]))) blank(s, i);
   }
   std::vector<double> state;
   for (int64_t i = 0; i < batch; ++i) state.insert(state.end(), {status[i], guard_error[i]});

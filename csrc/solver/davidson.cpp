@@ -37,7 +37,9 @@ class Iteration {
   Iteration(const Pencil& pencil, const Tensor& start, const Tensor& fresh, const Tensor& norms, const Options& options,
             Counts& counts, const Observer& observer)
       : pencil_(pencil), fresh_(fresh), norms_(norms), running_norms_(norms), options_(options), counts_(counts), observer_(observer),
-        basis_(start, start.size(0), start.size(2), options.capacity + (options.k > options.window ? options.k : 0)), progress_(start.size(0)),
+        basis_(start, start.size(0), start.size(2),
+               std::max(options.capacity + (options.k > options.window ? options.k : 0), start.size(1))),
+        progress_(start.size(0)),
         returned_(options.k + std::max<int64_t>(options.keep - options.window, 1)) {
     const int64_t batch = start.size(0);
     for (int64_t i = 0; i < batch; ++i) progress_[i].original = i;
@@ -62,7 +64,8 @@ class Iteration {
       const Step step = decide(reports, iteration);
       if (step.any_finished) store(ritz, pairs);
       if (step.remaining == 0) return std::move(found_);
-      const int64_t block = std::min(options_.block, step.block);
+      // Where all that is sought has converged, but cannot be locked yet, the pairs that come next.
+      const int64_t block = step.block > 0 ? std::min(options_.block, step.block) : pairs.judgement.chosen.size(1);
       if (iteration == kVeryHard) shift(pairs);
       Tensor t = step.refresh ? fresh_rows(block) : correction(pairs, block, iteration < kHard ? 0 : options_.inner);
       if (step.lock > 0) {
@@ -315,7 +318,7 @@ class Iteration {
   std::optional<Tensor> previous_;     // (N, p, m of then): coefficients of the block before
   Tensor locked_theta_, locked_eta_;   // (N, locked)
   bool restarted_ = false, careful_ = false;
-  bool separable_ = pencil_.a->separable() && pencil_.b->separable() && pencil_.inverse->separable();
+  bool separable_ = pencil_.separable();
 };
 
 }  // namespace

@@ -14,6 +14,7 @@ namespace sst {
 
 struct Pencil {
   OperatorPtr a, b, inverse;  // K⁻¹ ≈ B⁻¹, symmetric positive definite
+  bool separable() const { return a->separable() && b->separable() && inverse->separable(); }
 };
 
 struct Options {
@@ -28,6 +29,10 @@ struct Options {
 };
 
 enum class Outcome : int64_t { converged = 1, max_iterations = 32, stagnated = 64, not_positive_definite = 8, non_finite = 16 };
+
+inline bool is_fault(Outcome outcome) {
+  return outcome == Outcome::non_finite || outcome == Outcome::not_positive_definite;
+}
 
 struct Counts {
   int64_t a = 0, b = 0, inverse = 0, iterations = 0;

@@ -29,7 +29,8 @@ Tensor row_norms(const Tensor& x) {
 Tensor norm_estimate(const Operator& op, Tensor x) {
   Tensor norm;
   for (int64_t step = 0; step <= kPowerSteps; ++step) {
-    const Tensor scale = to_dtype(aten::unsqueeze(aten::reciprocal(row_norms(x)), 2), x.scalar_type());
+    const Tensor scale =
+        to_dtype(aten::unsqueeze(aten::finite_or_zero(aten::reciprocal(row_norms(x))), 2), x.scalar_type());
     x = op.apply(aten::mul(x, scale));
     norm = row_norms(x);
   }
@@ -59,7 +60,7 @@ Tensor solve_in_single(const Pencil& pencil, const Tensor& start, const Tensor& 
   const Tensor vectors = to_dtype(found.vectors, ScalarType::Double);
   // Where float32 came to nothing, the start serves again.
   for (int64_t i = 0; i < start.size(0); ++i) {
-    if (found.outcome[i] != Outcome::non_finite && found.outcome[i] != Outcome::not_positive_definite) continue;
+    if (!is_fault(found.outcome[i])) continue;
     const Tensor place = slice(vectors, 0, i, 1);
     aten::copy_(place, torch::stable::new_zeros(place, {1, place.size(1), place.size(2)}));
     const int64_t rows = std::min(start.size(1), place.size(1));
@@ -106,6 +107,12 @@ Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor
     const Tensor part_norms = whole ? norms : aten::index_select(norms, 0, index);
     // The last round only judges what is there, from fresh products.
     Options now = options;
+    if (round > 0) {  // the start holds all k: nothing is locked, and each pair is judged
+      const int64_t locked = options.k - options.window;
+      now.window += locked;
+      now.keep += locked;
+      now.capacity += locked;
+    }
     now.max_iterations = last ? 0 : std::max<int64_t>(options.max_iterations - all.counts.iterations, 0);
     if (last) {  // all wanted pairs at once
       const int64_t more = options.k - options.window;
@@ -121,15 +128,15 @@ Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor
     std::vector<int64_t> rest;
     bool hopeful = false;
     for (size_t i = 0; i < todo.size(); ++i) {
-      const bool fault = found.outcome[i] == Outcome::non_finite || found.outcome[i] == Outcome::not_positive_definite;
+      if (is_fault(all.outcome[todo[i]])) continue;  // it is here because the batch cannot be divided
       all.guard_error[todo[i]] = found.guard_error[i];
       if (!last || found.outcome[i] != Outcome::max_iterations) all.outcome[todo[i]] = found.outcome[i];
-      if (fault || found.certified[i] || last) continue;
+      if (is_fault(found.outcome[i]) || found.certified[i] || last) continue;
       rest.push_back(todo[i]);
       hopeful = hopeful || found.outcome[i] == Outcome::converged || round == 0;
     }
     last = round + 1 >= kRounds || !hopeful || all.counts.iterations >= options.max_iterations;
-    todo = std::move(rest);
+    if (rest.empty() || pencil.separable()) todo = std::move(rest);
     if (!todo.empty()) start = aten::index_select(all.vectors, 0, index_tensor(todo, rows));
   }
   const int64_t k = std::min(options.k, all.vectors.size(1));

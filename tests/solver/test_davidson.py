@@ -1,0 +1,203 @@
+"""The block Jacobi–Davidson method beside LAPACK: locking, warm starts, batches, faults, callables, interruption."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from pencils import FAULTS, kfac, with_fault
+from torch import Tensor
+
+from sst_kernels.davidson import DavidsonOptions
+from sst_kernels.operators import Diagonal, Kronecker
+from sst_kernels.pencil import Pencil
+from sst_kernels.result import EigenResult, Status
+from sst_kernels.solve import solve
+from sst_kernels.structured import EKFAC, FunctionOperator, LowRankPlusDiagonal
+
+N = 240  # well above the search space for k <= 10
+
+
+def power_law(n: int = N, seed: int = 0) -> Pencil:
+    """cond(B) ≈ 100, λ decaying slowly: some twenty iterations."""
+    return Pencil(*(torch.from_numpy(x) for x in kfac(n, damping=1.0, seed=seed)[:2]))
+
+
+def exact_vectors(pencil: Pencil) -> Tensor:
+    """All eigenvectors as columns, λ descending, of a pencil without batch."""
+    vectors = scipy.linalg.eigh(*(x.numpy() for x in pencil.dense()))[1]
+    return torch.from_numpy(vectors[:, ::-1].copy())
+
+
+def check(result: EigenResult, pencil: Pencil, *, where: Tensor | None = None) -> None:
+    """Each pencil, or those of the mask `where`, beside LAPACK in float64: values, residual, B-orthogonality, status."""
+    n, k = pencil.n, result.values.shape[-1]
+    a, b = (x.reshape(-1, n, n).double().numpy(force=True) for x in pencil.dense())
+    values, vectors = result.values.reshape(-1, k), result.vectors.reshape(-1, n, k)
+    claimed = result.backward_errors.reshape(-1, k).double().numpy(force=True)
+    eps, tol = torch.finfo(pencil.dtype).eps, pencil.tolerance
+    for i in range(len(a)):
+        if where is not None and not where.flatten()[i]:
+            continue
+        assert int(result.status.flatten()[i]) & ~int(Status.VERIFIED | Status.CLUSTER_AT_K) == Status.CONVERGED
+        exact = scipy.linalg.eigvalsh(a[i], b[i])[::-1][:k]
+        w, v = (x[i].double().numpy(force=True) for x in (values, vectors))
+        assert (np.diff(w) <= 0).all()
+        norms = np.linalg.norm(a[i], 2) + np.abs(w) * np.linalg.norm(b[i], 2)
+        errors = np.linalg.norm(a[i] @ v - b[i] @ v * w, axis=0) / np.linalg.norm(v, axis=0) / np.maximum(norms, 1e-300)
+        assert (errors <= tol + n * eps).all()
+        # certificates are never flattered, but by rounding
+        assert (claimed[i] >= 0.9 * errors - n * eps).all()
+        gram = v.T @ b[i] @ v
+        assert np.abs(gram - np.eye(k)).max() <= 30 * eps * np.linalg.cond(b[i])
+        # |λ − θ| <= vᵀ r for B-normed v, so at most this
+        size = norms * tol / np.linalg.eigvalsh(b[i])[0]
+        np.testing.assert_allclose(w, exact, rtol=0, atol=size.max() + n * eps * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("single_start", [False, True])
+def test_more_pairs_than_the_window_are_locked(single_start):
+    pencil = power_law()
+    result = solve(pencil, 20, method="davidson", options=DavidsonOptions(window=4, single_start=single_start))
+    check(result, pencil)
+    assert (result.backward_errors > 0).all()  # each was judged
+
+
+def test_sixty_pairs_by_the_default_window():
+    pencil = power_law(400)
+    result = solve(pencil, 60, method="davidson")
+    check(result, pencil)
+    assert (result.backward_errors > 0).all()
+    assert result.status.item() == Status.CONVERGED | Status.VERIFIED
+
+
+def test_a_start_that_fills_the_window_over_and_over():
+    """All that is sought converges without a direction to expand by, before there is room to lock."""
+    pencil = power_law()
+    start = exact_vectors(pencil)[:, :21]
+    options = DavidsonOptions(window=4, single_start=False, start=start)
+    check(solve(pencil, 20, method="davidson", options=options), pencil)
+
+
+def with_start(pencil: Pencil, start: Tensor, k: int = 5, **options: object) -> EigenResult:
+    return solve(pencil, k, method="davidson", options=DavidsonOptions(start=start, **options))
+
+
+def test_exact_start_needs_no_iteration():
+    pencil = power_law()
+    result = with_start(pencil, exact_vectors(pencil)[:, :6])
+    check(result, pencil)
+    assert result.counts.iterations <= 2
+
+
+@pytest.mark.parametrize("columns", [0, 1, 3, 6, 60, 100, N])
+def test_start_of_any_number_of_columns(columns):
+    pencil = power_law()
+    cold = solve(pencil, 5, method="davidson")
+    result = with_start(pencil, exact_vectors(pencil)[:, :columns])
+    check(result, pencil)
+    assert result.counts.iterations <= cold.counts.iterations + 8
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_useless_columns_of_a_start_count_for_nothing(value):
+    pencil = power_law()
+    start = exact_vectors(pencil)[:, :8].clone()
+    start[:, 6] = value
+    start[3, 7] = value
+    check(with_start(pencil, start), pencil)
+    check(with_start(pencil, torch.full((N, 7), value, dtype=torch.float64)), pencil)
+
+
+def test_start_of_repeated_columns():
+    pencil = power_law()
+    check(with_start(pencil, exact_vectors(pencil)[:, :1].expand(-1, 9)), pencil)
+    check(with_start(pencil, torch.ones(N, 1, dtype=torch.float64) * 1e-200), pencil)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        torch.zeros(N - 1, 3, dtype=torch.float64),
+        torch.zeros(2, N, 3, dtype=torch.float64),
+        torch.zeros(N, dtype=torch.float64),
+        torch.zeros(N, 3),
+    ],
+)
+def test_start_of_wrong_shape_or_dtype(start):
+    with pytest.raises(ValueError, match=rf"start must be .*\({N}, 'm'\).*got"):
+        with_start(power_law(), start)
+
+
+def callable_of(matrix: Tensor) -> FunctionOperator:
+    return FunctionOperator(lambda x: matrix @ x, matrix.shape, matrix.dtype)
+
+
+@pytest.mark.parametrize("sides", ["A", "B", "AB"])
+@pytest.mark.parametrize("fault", ["nan in A", "indefinite"])
+def test_a_bad_pencil_in_a_batch_of_callables(sides, fault):
+    """Callables cannot be called for a part of their batch, so the whole of it is taken along."""
+    pairs = [kfac(N, 1.0, seed=seed)[:2] for seed in range(3)]
+    pairs[1] = with_fault(fault, *pairs[1])
+    a, b = (torch.from_numpy(np.stack(x)) for x in zip(*pairs, strict=True))
+    pencil = Pencil(callable_of(a.tril() + a.tril(-1).mT) if "A" in sides else a, callable_of(b) if "B" in sides else b)
+    result = solve(pencil, 4, method="davidson")
+    assert result.status[1] == FAULTS[fault]
+    check(result, Pencil(a, b), where=torch.tensor([True, False, True]))
+
+
+@pytest.mark.parametrize(
+    ("entry", "status"),
+    [(-1e-3, Status.NOT_POSITIVE_DEFINITE), (0.0, Status.NOT_POSITIVE_DEFINITE), (np.nan, Status.NON_FINITE)],
+)
+@pytest.mark.parametrize("kind", ["Diagonal", "Kronecker", "EKFAC", "LowRankPlusDiagonal"])
+def test_faults_that_the_structure_of_b_shows(kind, entry, status):
+    """Found by looking, not by a direction that the iteration happens to take."""
+    good = torch.linspace(1, 2, N, dtype=torch.float64)
+    bad = torch.where(torch.arange(N) == 7, entry, good)
+    a = power_law().A
+    if kind == "Diagonal":
+        b = Diagonal(torch.stack([good, bad]))
+    elif kind == "Kronecker":
+        b = Kronecker(Diagonal(torch.stack([good[:12], bad[:12]])), Diagonal(good[:20]))
+    elif kind == "EKFAC":
+        u, w = torch.eye(12, dtype=torch.float64), torch.eye(20, dtype=torch.float64)
+        b = EKFAC(u, w, torch.stack([good, bad]).reshape(2, 12, 20))
+    else:
+        many = torch.where(torch.arange(N) < 9, bad[7], good)  # more than the rank can lift
+        b = LowRankPlusDiagonal(torch.eye(N, 3, dtype=torch.float64), torch.stack([good, many]))
+    result = solve(Pencil(a, b), 4, method="davidson")
+    assert result.status.tolist() == [Status.CONVERGED, status]
+    assert result.values[1].isnan().all()
+    check(result, Pencil(a, b), where=torch.tensor([True, False]))
+
+
+def test_preconditioner_of_another_pencil():
+    for other in (Diagonal(torch.ones(N - 1, dtype=torch.float64)), Diagonal(torch.ones(N))):
+        with pytest.raises(ValueError, match="preconditioner must be of order"):
+            solve(power_law(), 3, method="davidson", options=DavidsonOptions(preconditioner=other))
+
+
+def test_empty_batch():
+    a, b = power_law(20).dense()
+    for pencil in (Pencil(a.expand(0, -1, -1), b), Pencil(Diagonal(b.diagonal()), b.expand(2, 0, -1, -1))):
+        result = solve(pencil, 3, method="davidson")
+        assert result.values.shape == (*pencil.batch_shape, 3)
+        assert result.vectors.shape == (*pencil.batch_shape, 20, 3)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"block": 0},
+        {"window": 0},
+        {"window": 4, "keep": 4},
+        {"keep": 8, "capacity": 15, "block": 4},
+        {"max_iterations": -1},
+        {"inner_steps": -1},
+    ],
+)
+def test_options_that_contradict(sizes):
+    with pytest.raises(ValueError, match=r"DavidsonOptions: .* got"):
+        solve(power_law(), 6, method="davidson", options=DavidsonOptions(**sizes))
