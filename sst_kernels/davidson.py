@@ -44,7 +44,7 @@ class DavidsonOptions:
     capacity: int | None = None
     max_iterations: int = 1000
     inner_steps: int = 8
-    single_start: bool = True
+    single_start: bool = False
     start: Tensor | None = None
     preconditioner: Operator | None = None
 

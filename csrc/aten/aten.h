@@ -30,9 +30,7 @@ inline Tensor transposed(const Tensor& a) { return torch::stable::transpose(a, -
 inline Tensor mul(const Tensor& a, const Tensor& b) { return take(dispatch("aten::mul", "Tensor", a, b)[0]); }
 inline Tensor div(const Tensor& a, const Tensor& b) { return take(dispatch("aten::div", "Tensor", a, b)[0]); }
 inline Tensor gt(const Tensor& a, const Tensor& b) { return take(dispatch("aten::gt", "Tensor", a, b)[0]); }
-inline Tensor logical_and(const Tensor& a, const Tensor& b) {
-  return take(dispatch("aten::logical_and", "", a, b)[0]);
-}
+inline Tensor logical_and(const Tensor& a, const Tensor& b) { return take(dispatch("aten::logical_and", "", a, b)[0]); }
 inline Tensor where(const Tensor& condition, const Tensor& a, const Tensor& b) {
   return take(dispatch("aten::where", "self", condition, a, b)[0]);
 }
@@ -40,13 +38,21 @@ inline Tensor neg(const Tensor& a) { return take(dispatch("aten::neg", "", a)[0]
 inline Tensor abs(const Tensor& a) { return take(dispatch("aten::abs", "", a)[0]); }
 inline Tensor sqrt(const Tensor& a) { return take(dispatch("aten::sqrt", "", a)[0]); }
 inline Tensor reciprocal(const Tensor& a) { return take(dispatch("aten::reciprocal", "", a)[0]); }
-inline Tensor sum_over(const Tensor& a, int64_t dim) {
-  return torch::stable::sum(a, std::vector<int64_t>{dim});
-}
+inline Tensor sum_over(const Tensor& a, int64_t dim) { return torch::stable::sum(a, std::vector<int64_t>{dim}); }
 using torch::stable::subtract;
 inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
 inline Tensor to_dtype(const Tensor& a, ScalarType dtype) {
   return a.scalar_type() == dtype ? a : torch::stable::to(a, dtype);
+}
+// A contiguous copy, whatever the dtype was.
+inline Tensor to_copy(const Tensor& a, ScalarType dtype) {
+  const Tensor copy = torch::stable::new_empty(a, {a.size(0), a.size(1), a.size(2)}, dtype);
+  copy_(copy, a);
+  return copy;
+}
+// S ← S − XᵀX, the lower triangles of S (N, d, d), X (N, m, d): this module's own op.
+inline void subtract_gram_(const Tensor& s, const Tensor& x) {
+  dispatch("sst_kernels::syrk_accumulate_", "", s, x, std::optional<Tensor>(), -1.0, 1.0, std::string("ieee"), true);
 }
 inline Tensor index_select(const Tensor& a, int64_t dim, const Tensor& index) {
   return take(dispatch("aten::index_select", "", a, dim, index)[0]);
@@ -60,9 +66,7 @@ inline Tensor expand(const Tensor& a, const std::vector<int64_t>& sizes) {
 inline Tensor cat(const std::vector<Tensor>& parts, int64_t dim) {
   return take(dispatch("aten::cat", "", parts, dim)[0]);
 }
-inline Tensor tril(const Tensor& a, int64_t diagonal = 0) {
-  return take(dispatch("aten::tril", "", a, diagonal)[0]);
-}
+inline Tensor tril(const Tensor& a, int64_t diagonal = 0) { return take(dispatch("aten::tril", "", a, diagonal)[0]); }
 inline Tensor diagonal(const Tensor& a) {
   return take(dispatch("aten::diagonal", "", a, int64_t{0}, int64_t{-2}, int64_t{-1})[0]);
 }

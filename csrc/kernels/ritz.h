@@ -1,5 +1,5 @@
-// The small dense steps of a block Rayleigh–Ritz iteration, one pencil each: everything of order m (the basis) or p (the
-// block) that is not a product or an eigendecomposition. All in float64.
+// The small dense steps of a block Rayleigh–Ritz iteration, one pencil each: everything of order m (the basis) or p
+// (the block) that is not a product or an eigendecomposition. All in float64.
 //
 //   ritz_matrix     −H for the eigensolver (so that θ descends), rows of no vector set apart
 //   orthonormalizer M (p × (m + p)) with M [S; T] B-orthonormal and B-orthogonal to S
@@ -28,23 +28,23 @@ struct RitzMatrix {
   const double* valid;  // (batch, m), stride valid_batch
   int64_t valid_batch;
   double *out, *sorted_valid;  // (batch, m, m), (batch, m)
-  double *broken, *largest;  // (batch)
+  double *broken, *largest;    // (batch)
 };
 
 // With C = S (BT)ᵀ (m × p), G = T (BT)ᵀ (p × p): Cholesky of the scaled D(G − CᵀC)D with pivoting, D = diag(G)^-½;
-// directions whose pivot is at most `drop` are dropped: zero rows of M, valid = 0. M = L⁻¹ D [−Cᵀ, I], rows in the order of T.
-// notes[0] += 1 for each t with tᵀBt < −rounding ‖t‖ ‖Bt‖: B is not positive definite. notes[1] = the largest 1/pivot so
-// far: by its root, BT may lose accuracy when it is carried along.
+// directions whose pivot is at most `drop` are dropped: zero rows of M, valid = 0. M = L⁻¹ D [−Cᵀ, I], rows in the
+// order of T. notes[0] += 1 for each t with tᵀBt < −rounding ‖t‖ ‖Bt‖: B is not positive definite. notes[1] = the
+// largest 1/pivot so far: by its root, BT may lose accuracy when it is carried along.
 struct Orthonormalizer {
   int64_t batch, m, p;
   const double *c, *g;      // (batch, m, p), (batch, p, p)
   const double* magnitude;  // (batch, p): ‖t‖² ‖Bt‖², null if not known
   double drop, rounding;
-  double* work;        // (batch, 2p + 3, p)
-  double* out;         // (batch, p, m + p)
-  double* valid;       // (batch, p), stride valid_batch
+  double* work;   // (batch, 2p + 3, p)
+  double* out;    // (batch, p, m + p)
+  double* valid;  // (batch, p), stride valid_batch
   int64_t valid_batch;
-  double* notes;       // (batch, 2)
+  double* notes;  // (batch, 2)
 };
 
 // What judge tells the host of each pencil.
@@ -52,20 +52,21 @@ enum Report { kLeading, kUnconverged, kWorst, kProgress, kGuard, kGuardError, kB
 
 // η_i = ‖r_i‖ / ((‖A‖ + |θ_i| ‖B‖) ‖x_i‖) for the first w pairs, from the squared norms ‖r‖², ‖Ax‖², ‖Bx‖², ‖x‖²; the
 // largest ‖Ax‖/‖x‖, ‖Bx‖/‖x‖ are kept in `norms`. chosen: first the pairs of the window with η > tol and
-// the first guard while η > guard_tol, then guards, then the rest; scale: 1/‖r‖ of the chosen, 0 where r = 0, and then refill is 1. Report: leading pairs with η <= tol,
-// unconverged ones of the window, the largest η, Σ log(max(η, tol)) of the window, whether the guard is still needed, how
-// far its θ may be from λ (‖r‖ ‖x‖; 0 by guard_tol), whether anything is not finite.
+// the first guard while η > guard_tol, then guards, then the rest; scale: 1/‖r‖ of the chosen, 0 where r = 0, and then
+// refill is 1. Report: leading pairs with η <= tol, unconverged ones of the window, the largest η, Σ log(max(η, tol))
+// of the window, whether the guard is still needed, how far its θ may be from λ (‖r‖ ‖x‖; 0 by guard_tol), whether
+// anything is not finite.
 struct Judge {
   int64_t batch, w, window, p;
-  const double* theta;    // (batch, w), stride theta_batch
+  const double* theta;  // (batch, w), stride theta_batch
   int64_t theta_batch;
   const double* squares;  // (batch, w, 4)
   double tol, guard_tol;
-  double* norms;  // (batch, 2)
-  double* eta;     // (batch, w)
-  int64_t* chosen;      // (batch, p)
+  double* norms;           // (batch, 2)
+  double* eta;             // (batch, w)
+  int64_t* chosen;         // (batch, p)
   double *scale, *refill;  // (batch, p)
-  double* report;       // (batch, kReportSize)
+  double* report;          // (batch, kReportSize)
 };
 
 void ritz_matrix_cpu(const RitzMatrix& args, std::atomic<int64_t>& next);

@@ -37,8 +37,9 @@ void blank(const Solution& s, int64_t i) {
   }
 }
 
-// Outputs: θ (N, r), vectors (N, r, n), η (N, r), B-orthogonality (N), status bits and the error of the guard (N, 2), counts of
-// columns multiplied by A, B and K⁻¹ and of iterations, and whether η and the B-orthogonality are those of the pencil itself (5), history (iterations, 3): pencils in the batch, pairs not converged, the largest η.
+// Outputs: θ (N, r), vectors (N, r, n), η (N, r), B-orthogonality (N), status bits and the error of the guard (N, 2),
+// counts of columns multiplied by A, B and K⁻¹ and of iterations, and whether η and the B-orthogonality are those of
+// the pencil itself (5), history (iterations, 3): pencils in the batch, pairs not converged, the largest η.
 std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& a_code,
                                 const std::vector<int64_t>& b_code, const std::vector<int64_t>& inverse_code,
                                 const Tensor& rows, const Tensor& fresh, const std::vector<int64_t>& numbers,
@@ -59,8 +60,9 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
     for (int64_t i = 0; i < batch; ++i) {
       const Definiteness definiteness = found.definiteness[i];
       if (definiteness == Definiteness::positive) good.push_back(i);
-      status[i] = definiteness == Definiteness::indefinite ? static_cast<double>(Outcome::not_positive_definite)
-                  : definiteness == Definiteness::not_finite ? static_cast<double>(Outcome::non_finite) : 0;
+      status[i] = definiteness == Definiteness::indefinite   ? static_cast<double>(Outcome::not_positive_definite)
+                  : definiteness == Definiteness::not_finite ? static_cast<double>(Outcome::non_finite)
+                                                             : 0;
     }
   } else {
     pencil.inverse = parse_whole(inverse_code, tensors);
@@ -76,9 +78,15 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
     }
     history.insert(history.end(), {static_cast<double>(pencils), unconverged, worst});
   };
-  const Options options{.k = numbers[kK], .tol = tolerances[0], .guard_tol = tolerances[1], .block = numbers[kBlock],
-                        .keep = numbers[kKeep], .capacity = numbers[kCapacity], .window = numbers[kWindow],
-                        .max_iterations = numbers[kMaxIterations], .inner = numbers[kInner]};
+  const Options options{.k = numbers[kK],
+                        .tol = tolerances[0],
+                        .guard_tol = tolerances[1],
+                        .block = numbers[kBlock],
+                        .keep = numbers[kKeep],
+                        .capacity = numbers[kCapacity],
+                        .window = numbers[kWindow],
+                        .max_iterations = numbers[kMaxIterations],
+                        .inner = numbers[kInner]};
   Solution s;
   const int64_t n = rows.size(2), r = options.k + std::max<int64_t>(options.keep - options.window, 1);
   s.theta = torch::stable::new_zeros(rows, {batch, r}, ScalarType::Double);
@@ -123,7 +131,11 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
   std::vector<double> state;
   for (int64_t i = 0; i < batch; ++i) state.insert(state.end(), {status[i], guard_error[i]});
   const auto count = [](int64_t x) { return static_cast<double>(x); };
-  return {s.theta, s.vectors, s.eta, s.b_orthogonality, doubles(state, {batch, 2}),
+  return {s.theta,
+          s.vectors,
+          s.eta,
+          s.b_orthogonality,
+          doubles(state, {batch, 2}),
           doubles({count(s.counts.a), count(s.counts.b), count(s.counts.inverse), count(s.counts.iterations),
                    factor ? 0.0 : 1.0},
                   {5}),

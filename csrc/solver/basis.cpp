@@ -12,12 +12,13 @@ constexpr double kRounding = 1e-13;  // of tᵀBt / (‖t‖ ‖Bt‖) in float6
 
 Tensor in_double(const Tensor& x) { return to_dtype(x, ScalarType::Double); }
 
-// T made B-orthogonal to S, by (BS)Tᵀ, and orthonormal, before B is applied to it: so BT does not lose digits when it is
-// carried through the B-orthonormalisation.
+// T made B-orthogonal to S, by (BS)Tᵀ, and orthonormal, before B is applied to it: so BT does not lose digits when it
+// is carried through the B-orthonormalisation.
 Tensor spread(const Tensor& t, const Tensor& s, const Tensor& bs) {
   const Tensor c = matmul(in_double(t), transposed(in_double(bs)));
   const Tensor rest = aten::subtract(t, matmul(to_dtype(c, t.scalar_type()), s)), wide = in_double(rest);
-  const Tensor none = torch::stable::new_empty(c, {c.size(0), 0, c.size(1)}), unused = torch::stable::new_zeros(c, {c.size(0), 2});
+  const Tensor none = torch::stable::new_empty(c, {c.size(0), 0, c.size(1)}),
+               unused = torch::stable::new_zeros(c, {c.size(0), 2});
   const Orthonormal m = orthonormalizer(none, matmul(wide, transposed(wide)), nullptr, kDropDouble, 0, unused);
   return matmul(to_dtype(m.of_block, t.scalar_type()), rest);
 }
@@ -44,7 +45,8 @@ void Basis::append(Tensor t, const Operator& a, const Operator& b, bool careful)
     const Tensor bt_double = in_double(bt), t_double = in_double(t), columns = transposed(bt_double);
     Tensor magnitude;
     if (pass == 0) {
-      magnitude = aten::mul(aten::sum_over(aten::mul(t_double, t_double), 2), aten::sum_over(aten::mul(bt_double, bt_double), 2));
+      magnitude = aten::mul(aten::sum_over(aten::mul(t_double, t_double), 2),
+                            aten::sum_over(aten::mul(bt_double, bt_double), 2));
     }
     const Orthonormal m = orthonormalizer(matmul(s_double, columns), matmul(t_double, columns),
                                           pass == 0 ? &magnitude : nullptr, pass == 0 ? drop_ : kDropSecond,

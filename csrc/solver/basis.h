@@ -1,5 +1,5 @@
-// The search space of a batch of pencils: vectors S = [Q; V] as rows, Q locked, B-orthonormal, with AS and BS carried along,
-// and H = V A Vᵀ.
+// The search space of a batch of pencils: vectors S = [Q; V] as rows, Q locked, B-orthonormal, with AS and BS carried
+// along, and H = V A Vᵀ.
 #pragma once
 
 #include "operator.h"
@@ -35,7 +35,6 @@ class Basis {
 
   Tensor locked_rows(Part part) const { return narrow_rows(part, 0, locked_); }
   const Tensor& notes() const { return notes_; }  // (N, 2) float64, of the orthonormalizer
-
 
  private:
   Tensor narrow_rows(Part part, int64_t first, int64_t count) const {

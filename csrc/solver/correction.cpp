@@ -55,7 +55,8 @@ Tensor solve_correction(const OperatorPtr& a, const OperatorPtr& b, const Operat
   if (steps == 0) return z;
   Tensor t = torch::stable::new_zeros(g, {g.size(0), g.size(1), g.size(2)}), d = z, rho = dots(g, z);
   const Tensor zero = torch::stable::new_zeros(rho, {1, 1, 1});
-  const Tensor enough = mul(dots(g, g), torch::stable::full({1, 1, 1}, kTenfold, ScalarType::Double, std::nullopt, g.device()));
+  const Tensor enough =
+      mul(dots(g, g), torch::stable::full({1, 1, 1}, kTenfold, ScalarType::Double, std::nullopt, g.device()));
   const Tensor shift = to_dtype(theta, dtype);
   for (int64_t step = 0; step < steps; ++step) {
     const auto [ad, bd] = apply_both(*a, *b, d);

@@ -17,11 +17,11 @@ using aten::slice, aten::to_dtype;
 // Progress, in units of log η summed over the window, that counts as such; and by how many iterations it must come.
 constexpr double kLeastProgress = 0.5;
 constexpr int64_t kFreshDirections = 1;  // times that a stagnating pencil gets random directions before it ends
-constexpr double kLossy = 1e4;         // 1/pivot above which B is applied twice in an iteration
+constexpr double kLossy = 1e4;           // 1/pivot above which B is applied twice in an iteration
 constexpr double kAccepted = 10;         // times tol: a stagnated pencil is let go at once below this
 
-// A pencil proves hard when this many iterations did not solve it: then the correction equation is solved in steps, and,
-// later, K ≈ ηB − A takes the place of K ≈ B.
+// A pencil proves hard when this many iterations did not solve it: then the correction equation is solved in steps,
+// and, later, K ≈ ηB − A takes the place of K ≈ B.
 constexpr int64_t kHard = 16, kVeryHard = 32;
 
 // What the host knows of a pencil that is still in the batch.
@@ -36,7 +36,13 @@ class Iteration {
  public:
   Iteration(const Pencil& pencil, const Tensor& start, const Tensor& fresh, const Tensor& norms, const Options& options,
             Counts& counts, const Observer& observer)
-      : pencil_(pencil), fresh_(fresh), norms_(norms), running_norms_(norms), options_(options), counts_(counts), observer_(observer),
+      : pencil_(pencil),
+        fresh_(fresh),
+        norms_(norms),
+        running_norms_(norms),
+        options_(options),
+        counts_(counts),
+        observer_(observer),
         basis_(start, start.size(0), start.size(2),
                std::max(options.capacity + (options.k > options.window ? options.k : 0), start.size(1))),
         progress_(start.size(0)),
@@ -111,8 +117,8 @@ class Iteration {
     pairs.window = std::min(window, w);
     pairs.x = basis_.combine(Basis::kVectors, pairs.rows);
     pairs.bx = basis_.combine(Basis::kB, pairs.rows);
-    const auto [r, squares] = residual(basis_.combine(Basis::kA, pairs.rows), pairs.bx, pairs.x,
-                                       torch::stable::contiguous(pairs.theta));
+    const auto [r, squares] =
+        residual(basis_.combine(Basis::kA, pairs.rows), pairs.bx, pairs.x, torch::stable::contiguous(pairs.theta));
     pairs.residual = r;
     pairs.judgement = judge(pairs.theta, squares, pairs.window, std::min(options_.block, w), options_.tol,
                             last ? options_.guard_tol : std::numeric_limits<double>::infinity(), running_norms_);
@@ -139,8 +145,8 @@ class Iteration {
         found_.certified[pencil.original] = iteration == 0;
       } else if (iteration >= options_.max_iterations) {
         finish(i, found ? Outcome::converged : Outcome::max_iterations);
-      } else if (stagnates(pencil, report) && (found || report[kWorst] <= kAccepted * options_.tol ||
-                                               pencil.refreshed++ >= kFreshDirections)) {
+      } else if (stagnates(pencil, report) &&
+                 (found || report[kWorst] <= kAccepted * options_.tol || pencil.refreshed++ >= kFreshDirections)) {
         finish(i, found ? Outcome::converged : Outcome::stagnated);
       } else {
         step.refresh = step.refresh || (pencil.refreshed > 0 && pencil.waited == 0);
@@ -184,7 +190,8 @@ class Iteration {
       if (!progress_[i].finished || progress_[i].original < 0) continue;
       const auto put = [&](const Tensor& to, int64_t first, const Tensor& from, int64_t rows) {
         if (rows == 0) return;
-        aten::copy_(slice(slice(to, 0, progress_[i].original, 1), 1, first, rows), slice(slice(from, 0, i, 1), 1, 0, rows));
+        aten::copy_(slice(slice(to, 0, progress_[i].original, 1), 1, first, rows),
+                    slice(slice(from, 0, i, 1), 1, 0, rows));
       };
       put(found_.vectors, 0, basis_.locked_rows(Basis::kVectors), locked);
       put(found_.vectors, locked, x, count);
@@ -262,8 +269,8 @@ class Iteration {
       const int64_t locked = basis_.locked();
       const auto joined = [&](const Tensor& rows, const Tensor& x) { return locked > 0 ? aten::cat({rows, x}, 1) : x; };
       const Tensor q = joined(basis_.locked_rows(Basis::kVectors), pairs.x);
-      t = solve_correction(pencil_.a, pencil_.b, pencil_.inverse, q, joined(basis_.locked_rows(Basis::kB), pairs.bx), theta,
-                           r, steps);
+      t = solve_correction(pencil_.a, pencil_.b, pencil_.inverse, q, joined(basis_.locked_rows(Basis::kB), pairs.bx),
+                           theta, r, steps);
       counts_.a += steps * block;
       counts_.b += steps * block;
       counts_.inverse += steps * block + q.size(1);
@@ -315,8 +322,8 @@ class Iteration {
   std::vector<Progress> progress_;
   int64_t returned_, rolls_ = 0;
   Found found_;
-  std::optional<Tensor> previous_;     // (N, p, m of then): coefficients of the block before
-  Tensor locked_theta_, locked_eta_;   // (N, locked)
+  std::optional<Tensor> previous_;    // (N, p, m of then): coefficients of the block before
+  Tensor locked_theta_, locked_eta_;  // (N, locked)
   bool restarted_ = false, careful_ = false;
   bool separable_ = pencil_.separable();
 };

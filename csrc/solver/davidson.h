@@ -1,8 +1,8 @@
 // Block Jacobi–Davidson iteration for the k largest θ of A v = θ B v, batched, A ⪰ 0 and B ≻ 0.
 //
 // After Sleijpen & van der Vorst (1996), with the thick restart of Stathopoulos & Saad (1998, GD+k), the correction
-// equation of Notay (2002) and Stathopoulos & McCombs (2007), and locking. Departs from them in that every step is taken
-// for a batch of pencils, each with as many new directions as the one in most need.
+// equation of Notay (2002) and Stathopoulos & McCombs (2007), and locking. Departs from them in that every step is
+// taken for a batch of pencils, each with as many new directions as the one in most need.
 #pragma once
 
 #include <functional>
@@ -28,7 +28,13 @@ struct Options {
   int64_t inner;  // most steps of the correction equation's solver, once a pencil proves hard
 };
 
-enum class Outcome : int64_t { converged = 1, max_iterations = 32, stagnated = 64, not_positive_definite = 8, non_finite = 16 };
+enum class Outcome : int64_t {
+  converged = 1,
+  max_iterations = 32,
+  stagnated = 64,
+  not_positive_definite = 8,
+  non_finite = 16
+};
 
 inline bool is_fault(Outcome outcome) {
   return outcome == Outcome::non_finite || outcome == Outcome::not_positive_definite;
@@ -39,9 +45,9 @@ struct Counts {
 };
 
 struct Found {
-  Tensor theta;                  // (N, r) float64, r >= k unless n is less
-  Tensor vectors;                // (N, r, n)
-  Tensor eta;                    // (N, r) float64, by the products carried along
+  Tensor theta;                     // (N, r) float64, r >= k unless n is less
+  Tensor vectors;                   // (N, r, n)
+  Tensor eta;                       // (N, r) float64, by the products carried along
   std::vector<Outcome> outcome;     // of each pencil
   std::vector<double> guard_error;  // how far θ of pair k + 1 may be from λ, 0 if it met guard_tol
   std::vector<bool> certified;      // converged already by the products of the start: with nothing carried
@@ -52,8 +58,8 @@ constexpr int64_t kReported = kReportSize + 2;  // a report, and the notes of th
 // Called once an iteration with the reports (N, kReported); it may throw to end the iteration.
 using Observer = std::function<void(const double* report, int64_t pencils)>;
 
-// From the rows `start` (N, p, n); `fresh` (N, q, n) are random rows for a pencil that stagnates. `norms` (N, 2), estimates of
-// ‖A‖ and ‖B‖ from below, grow. One host synchronisation an iteration.
+// From the rows `start` (N, p, n); `fresh` (N, q, n) are random rows for a pencil that stagnates. `norms` (N, 2),
+// estimates of ‖A‖ and ‖B‖ from below, grow. One host synchronisation an iteration.
 Found davidson(const Pencil& pencil, const Tensor& start, const Tensor& fresh, const Tensor& norms,
                const Options& options, Counts& counts, const Observer& observer);
 

@@ -11,7 +11,9 @@ namespace {
 using aten::matmul, aten::mul, aten::transposed, aten::to_dtype;
 
 // A tensor of batch 1 serves every pencil.
-Tensor select_batch(const Tensor& x, const Tensor& index) { return x.size(0) == 1 ? x : aten::index_select(x, 0, index); }
+Tensor select_batch(const Tensor& x, const Tensor& index) {
+  return x.size(0) == 1 ? x : aten::index_select(x, 0, index);
+}
 
 // An operator that is a list of tensors with a rule: `Derived` has a constructor from them, and apply.
 template <class Derived, size_t kTensors>
@@ -85,7 +87,8 @@ Tensor map_factor_rows(const Tensor& x, int64_t n2, F f) {
 
 class Eigenbasis : public TensorOperator<Eigenbasis, 3> {
  public:
-  Eigenbasis(std::array<Tensor, 3> tensors, int64_t n1, int64_t n2) : TensorOperator(std::move(tensors)), n1_(n1), n2_(n2) {}
+  Eigenbasis(std::array<Tensor, 3> tensors, int64_t n1, int64_t n2)
+      : TensorOperator(std::move(tensors)), n1_(n1), n2_(n2) {}
   Tensor apply(const Tensor& x) const override {
     const auto& [u, w, d] = tensors_;
     return rotate(mul(rotate(x, u, w), d), transposed(u), transposed(w));
@@ -95,7 +98,8 @@ class Eigenbasis : public TensorOperator<Eigenbasis, 3> {
   // Uᵀ C W.
   Tensor rotate(const Tensor& x, const Tensor& u, const Tensor& w) const {
     const Tensor cw = map_factor_rows(x, n2_, [&](const Tensor& rows) { return matmul(rows, w); });
-    const Tensor t = map_factor_rows(transpose_rows(cw, n1_, n2_), n1_, [&](const Tensor& rows) { return matmul(rows, u); });
+    const Tensor t =
+        map_factor_rows(transpose_rows(cw, n1_, n2_), n1_, [&](const Tensor& rows) { return matmul(rows, u); });
     return transpose_rows(t, n2_, n1_);
   }
   int64_t n1_, n2_;

@@ -50,11 +50,20 @@ std::pair<Tensor, Tensor> standard_eigh(const Tensor& a) {
 
 SmallEigen ritz_pairs(const Tensor& h, const Tensor& valid) {
   const int64_t batch = h.size(0), m = h.size(1);
-  const Tensor negated = new_double(h, {batch, m, m}), broken = new_double(h, {batch}), largest = new_double(h, {batch});
+  const Tensor negated = new_double(h, {batch, m, m}), broken = new_double(h, {batch}),
+               largest = new_double(h, {batch});
   const Tensor sorted_valid = new_double(h, {batch, m});
-  const RitzMatrix args{.batch = batch, .m = m, .h = doubles(h), .h_batch = h.stride(0), .h_row = h.stride(1),
-                        .valid = doubles(valid), .valid_batch = valid.stride(0), .out = doubles(negated), .sorted_valid = doubles(sorted_valid),
-                        .broken = doubles(broken), .largest = doubles(largest)};
+  const RitzMatrix args{.batch = batch,
+                        .m = m,
+                        .h = doubles(h),
+                        .h_batch = h.stride(0),
+                        .h_row = h.stride(1),
+                        .valid = doubles(valid),
+                        .valid_batch = valid.stride(0),
+                        .out = doubles(negated),
+                        .sorted_valid = doubles(sorted_valid),
+                        .broken = doubles(broken),
+                        .largest = doubles(largest)};
   SST_RUN(ritz_matrix, args, m * m, h);
   const auto [values, rows] = standard_eigh(negated);
   return {aten::neg(values), rows, aten::neg(negated), sorted_valid, broken};
@@ -66,10 +75,18 @@ Orthonormal orthonormalizer(const Tensor& c, const Tensor& g, const Tensor* magn
   const Tensor work = new_double(g, {batch, 2 * p + 3, p}), out = new_double(g, {batch, p, m + p});
   const Tensor valid = new_double(g, {batch, p}), c_rows = torch::stable::contiguous(c);
   const Tensor g_rows = torch::stable::contiguous(g);
-  const Orthonormalizer args{.batch = batch, .m = m, .p = p, .c = doubles(c_rows), .g = doubles(g_rows),
-                             .magnitude = magnitude ? doubles(*magnitude) : nullptr, .drop = drop,
-                             .rounding = rounding, .work = doubles(work), .out = doubles(out),
-                             .valid = doubles(valid), .valid_batch = valid.stride(0),
+  const Orthonormalizer args{.batch = batch,
+                             .m = m,
+                             .p = p,
+                             .c = doubles(c_rows),
+                             .g = doubles(g_rows),
+                             .magnitude = magnitude ? doubles(*magnitude) : nullptr,
+                             .drop = drop,
+                             .rounding = rounding,
+                             .work = doubles(work),
+                             .out = doubles(out),
+                             .valid = doubles(valid),
+                             .valid_batch = valid.stride(0),
                              .notes = doubles(notes)};
   SST_RUN(orthonormalizer, args, 2 * m * p * p, g);
   return {aten::slice(out, 2, 0, m), aten::slice(out, 2, m, p), valid};
@@ -83,11 +100,21 @@ Judgement judge(const Tensor& theta, const Tensor& squares, int64_t window, int6
                         .scale = new_double(theta, {batch, p}),
                         .refill = new_double(theta, {batch, p}),
                         .report = new_double(theta, {batch, kReportSize})};
-  const Judge args{.batch = batch, .w = w, .window = window, .p = p, .theta = doubles(theta),
-                   .theta_batch = theta.stride(0), .squares = doubles(squares), .tol = tol,
-                   .guard_tol = guard_tol, .norms = doubles(norms),
-                   .eta = doubles(found.eta), .chosen = static_cast<int64_t*>(found.chosen.mutable_data_ptr()),
-                   .scale = doubles(found.scale), .refill = doubles(found.refill), .report = doubles(found.report)};
+  const Judge args{.batch = batch,
+                   .w = w,
+                   .window = window,
+                   .p = p,
+                   .theta = doubles(theta),
+                   .theta_batch = theta.stride(0),
+                   .squares = doubles(squares),
+                   .tol = tol,
+                   .guard_tol = guard_tol,
+                   .norms = doubles(norms),
+                   .eta = doubles(found.eta),
+                   .chosen = static_cast<int64_t*>(found.chosen.mutable_data_ptr()),
+                   .scale = doubles(found.scale),
+                   .refill = doubles(found.refill),
+                   .report = doubles(found.report)};
   SST_RUN(judge, args, 16 * w, theta);
   return found;
 }

@@ -28,10 +28,10 @@ Orthonormal orthonormalizer(const Tensor& c, const Tensor& g, const Tensor* magn
                             Tensor notes);
 
 struct Judgement {
-  Tensor eta;     // (N, w) float64
-  Tensor chosen;  // (N, p) int64
+  Tensor eta;            // (N, w) float64
+  Tensor chosen;         // (N, p) int64
   Tensor scale, refill;  // (N, p) float64
-  Tensor report;  // (N, kReportSize) float64
+  Tensor report;         // (N, kReportSize) float64
 };
 // See kernels/ritz.h; `norms` (N, 2), running estimates of ‖A‖ and ‖B‖, grow.
 Judgement judge(const Tensor& theta, const Tensor& squares, int64_t window, int64_t p, double tol, double guard_tol,

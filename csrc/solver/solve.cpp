@@ -55,8 +55,8 @@ Tensor solve_in_single(const Pencil& pencil, const Tensor& start, const Tensor& 
   options.guard_tol = std::numeric_limits<double>::infinity();
   const Pencil single = map(pencil, [](const Operator& op) { return op.cast(ScalarType::Float); });
   const Tensor own_norms = torch::stable::clone(norms);
-  const Found found = davidson(single, to_dtype(start, ScalarType::Float), to_dtype(fresh, ScalarType::Float), own_norms,
-                               options, counts, observer);
+  const Found found = davidson(single, to_dtype(start, ScalarType::Float), to_dtype(fresh, ScalarType::Float),
+                               own_norms, options, counts, observer);
   const Tensor vectors = to_dtype(found.vectors, ScalarType::Double);
   // Where float32 came to nothing, the start serves again.
   for (int64_t i = 0; i < start.size(0); ++i) {
@@ -102,8 +102,7 @@ Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor
   for (int64_t round = 0; !todo.empty(); ++round) {
     const bool whole = static_cast<int64_t>(todo.size()) == batch;
     const Tensor index = index_tensor(todo, rows);
-    const Pencil part =
-        whole ? pencil : map(pencil, [&](const Operator& op) { return op.select(index); });
+    const Pencil part = whole ? pencil : map(pencil, [&](const Operator& op) { return op.select(index); });
     const Tensor part_norms = whole ? norms : aten::index_select(norms, 0, index);
     // The last round only judges what is there, from fresh products.
     Options now = options;
@@ -141,8 +140,8 @@ Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor
   }
   const int64_t k = std::min(options.k, all.vectors.size(1));
   const Tensor v = slice(all.vectors, 1, 0, k);
-  const Tensor gram = aten::matmul(to_dtype(pencil.b->apply(v), ScalarType::Double),
-                                   aten::transposed(to_dtype(v, ScalarType::Double)));
+  const Tensor gram =
+      aten::matmul(to_dtype(pencil.b->apply(v), ScalarType::Double), aten::transposed(to_dtype(v, ScalarType::Double)));
   const Tensor excess = aten::abs(aten::subtract(gram, aten::eye_like(gram, k)));
   all.b_orthogonality = torch::stable::amax(torch::stable::amax(excess, -1, false), -1, false);
   all.counts.b += k;
