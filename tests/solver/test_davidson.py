@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from pencils import FAULTS, kfac, with_fault
+from pencils import FAULTS, kfac, planted, with_fault
 from torch import Tensor
 
 from sst_kernels.davidson import DavidsonOptions
@@ -14,7 +14,7 @@ from sst_kernels.operators import Diagonal, Kronecker
 from sst_kernels.pencil import Pencil
 from sst_kernels.result import EigenResult, Status
 from sst_kernels.solve import solve
-from sst_kernels.structured import EKFAC, FunctionOperator, LowRankPlusDiagonal
+from sst_kernels.structured import EKFAC, FunctionOperator, Gram, LowRankPlusDiagonal
 
 N = 240  # well above the search space for k <= 10
 
@@ -31,7 +31,7 @@ def exact_vectors(pencil: Pencil) -> Tensor:
 
 
 def check(result: EigenResult, pencil: Pencil, *, where: Tensor | None = None) -> None:
-    """Each pencil, or those of the mask `where`, beside LAPACK in float64: values, residual, B-orthogonality, status."""
+    """Each pencil (of the mask `where`) beside LAPACK in float64: values, residual, B-orthogonality, status."""
     n, k = pencil.n, result.values.shape[-1]
     a, b = (x.reshape(-1, n, n).double().numpy(force=True) for x in pencil.dense())
     values, vectors = result.values.reshape(-1, k), result.vectors.reshape(-1, n, k)
@@ -201,3 +201,72 @@ def test_empty_batch():
 def test_options_that_contradict(sizes):
     with pytest.raises(ValueError, match=r"DavidsonOptions: .* got"):
         solve(power_law(), 6, method="davidson", options=DavidsonOptions(**sizes))
+
+
+@pytest.mark.parametrize("k", [1, 3, 200])
+def test_zero_matrix(k):
+    """All λ are 0: a cluster, unless k = n cuts none."""
+    n = 200
+    pencil = Pencil(torch.zeros(n, n, dtype=torch.float64), power_law(n).B)
+    result = solve(pencil, k, method="davidson")
+    assert result.values.abs().max() == 0
+    assert result.b_orthogonality < 1e-12
+    assert result.status.item() & ~Status.VERIFIED == Status.CONVERGED | (Status.CLUSTER_AT_K if k < n else 0)
+
+
+@pytest.mark.parametrize(("k", "cut"), [(4, False), (5, False), (6, True), (12, True), (60, True), (N, False)])
+def test_pairs_beyond_the_rank(k, cut):
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((5, N)))
+    pencil = Pencil(Gram(rows), power_law().B)
+    result = solve(pencil, k, method="davidson")
+    check(result, pencil)
+    assert bool(result.status.item() & Status.CLUSTER_AT_K) == cut
+
+
+@pytest.mark.parametrize(("k", "cut"), [(2, True), (3, False), (4, True), (9, False)])
+def test_clusters(k, cut):
+    known = planted(np.repeat(2.0 ** -np.arange(N // 3), 3), 100)
+    pencil = Pencil(torch.from_numpy(known.a), torch.from_numpy(known.b))
+    result = solve(pencil, k, method="davidson")
+    check(result, pencil)
+    assert bool(result.status.item() & Status.CLUSTER_AT_K) == cut
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 50])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_orders_below_the_search_space(n, whole, dtype):
+    pencil = Pencil(*(x.to(dtype) for x in power_law(n).dense()))
+    result = solve(pencil, n if whole else 1, method="davidson")
+    check(result, pencil)
+    assert result.status.item() == Status.CONVERGED | Status.VERIFIED
+
+
+@pytest.mark.parametrize(("k", "window", "limit"), [(5, None, 1), (5, None, 0), (40, 4, 0), (40, 4, 9), (60, 4, 3)])
+@pytest.mark.parametrize("single_start", [False, True])
+def test_iteration_limit_leaves_honest_pairs(k, window, limit, single_start):
+    pencil = power_law()
+    options = DavidsonOptions(max_iterations=limit, window=window, single_start=single_start)
+    result = solve(pencil, k, method="davidson", options=options)
+    assert result.status.item() & ~Status.CLUSTER_AT_K == Status.MAX_ITERATIONS
+    assert result.counts.iterations == limit
+    assert "MAX_ITERATIONS" in result.explain()[0]
+    # Ritz pairs: B-orthonormal, each with the error that it has
+    torch.testing.assert_close(
+        result.backward_errors, pencil.backward_errors(result.values, result.vectors), rtol=0.3, atol=1e-15
+    )
+    assert pencil.b_orthogonality(result.vectors) < 1e-12
+    exact = torch.from_numpy(scipy.linalg.eigvalsh(*(x.numpy() for x in pencil.dense()))[::-1][:k].copy())
+    assert (result.values <= exact * (1 + 1e-12)).all()
+    assert (result.values > 0).all()
+
+
+def test_iteration_limit_is_raised_by_going_on():
+    """What one call has found is the start of the next."""
+    pencil, start = power_law(), None
+    for _ in range(20):
+        result = solve(pencil, 5, method="davidson", options=DavidsonOptions(max_iterations=4, start=start))
+        start = result.vectors
+        if not result.status.item() & Status.MAX_ITERATIONS:
+            break
+    check(result, pencil)
