@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from pencils import FAULTS, kfac, planted, with_fault
+from pencils import FAULTS, SPECTRA, Known, errors, kfac, planted, scipy_largest, with_fault
 from torch import Tensor
 
 from sst_kernels.davidson import DavidsonOptions
-from sst_kernels.operators import Diagonal, Kronecker
+from sst_kernels.operators import Dense, Diagonal, Kronecker
 from sst_kernels.pencil import Pencil
 from sst_kernels.result import EigenResult, Status
 from sst_kernels.solve import solve
@@ -45,10 +45,12 @@ def check(result: EigenResult, pencil: Pencil, *, where: Tensor | None = None) -
         w, v = (x[i].double().numpy(force=True) for x in (values, vectors))
         assert (np.diff(w) <= 0).all()
         norms = np.linalg.norm(a[i], 2) + np.abs(w) * np.linalg.norm(b[i], 2)
-        errors = np.linalg.norm(a[i] @ v - b[i] @ v * w, axis=0) / np.linalg.norm(v, axis=0) / np.maximum(norms, 1e-300)
-        assert (errors <= tol + n * eps).all()
+        residual = (
+            np.linalg.norm(a[i] @ v - b[i] @ v * w, axis=0) / np.linalg.norm(v, axis=0) / np.maximum(norms, 1e-300)
+        )
+        assert (residual <= tol + n * eps).all()
         # certificates are never flattered, but by rounding
-        assert (claimed[i] >= 0.9 * errors - n * eps).all()
+        assert (claimed[i] >= 0.9 * residual - n * eps).all()
         gram = v.T @ b[i] @ v
         assert np.abs(gram - np.eye(k)).max() <= 30 * eps * np.linalg.cond(b[i])
         # |λ − θ| <= vᵀ r for B-normed v, so at most this
@@ -270,3 +272,64 @@ def test_iteration_limit_is_raised_by_going_on():
         if not result.status.item() & Status.MAX_ITERATIONS:
             break
     check(result, pencil)
+
+
+def check_beside_scipy(known: Known, k: int, dtype: type, options: DavidsonOptions | None = None) -> None:
+    """Each error at most ten times scipy's, or 10·n·eps; the residual at the tolerance."""
+    a, b = known.a.astype(dtype), known.b.astype(dtype)
+    pencil = Pencil(torch.from_numpy(a), torch.from_numpy(b))
+    result = solve(pencil, k, method="davidson", options=options)
+    assert result.status.item() & ~Status.VERIFIED == Status.CONVERGED
+    w, v = scipy_largest(a, b, k)
+    ours = errors(a, b, result.values.numpy(), result.vectors.numpy(), known.values[:k])
+    theirs = np.maximum(errors(a, b, w, v, known.values[:k]), len(a) * np.finfo(dtype).eps)
+    assert ours[0] <= pencil.tolerance
+    assert (ours[1:] <= 10 * theirs[1:]).all()
+
+
+@pytest.mark.parametrize("cond", [1e8, 1e10, 1e12])
+@pytest.mark.parametrize("spectrum", ["power law", "spread", "low rank"])
+def test_ill_conditioned_b_beside_scipy(cond, spectrum):
+    known = planted(SPECTRA[spectrum](N, np.random.default_rng(0)), cond)
+    check_beside_scipy(known, 5, np.float64)
+    start = torch.from_numpy(np.random.default_rng(1).standard_normal((N, 4)))
+    check_beside_scipy(known, 5, np.float64, DavidsonOptions(start=start))
+
+
+@pytest.mark.parametrize("cond", [1e3, 1e5])
+@pytest.mark.parametrize("spectrum", ["power law", "spread", "steep"])
+def test_ill_conditioned_b_in_float32_beside_scipy(cond, spectrum):
+    known = planted(SPECTRA[spectrum](N, np.random.default_rng(0)), cond)
+    stored = [x.astype(np.float32).astype(float) for x in known[:2]]
+    check_beside_scipy(Known(*stored, scipy.linalg.eigvalsh(*stored)[::-1]), 5, np.float32)
+
+
+@pytest.mark.parametrize("bad", [None, "indefinite"])
+def test_ill_conditioned_and_ordinary_pencils_in_one_batch(bad):
+    knowns = [planted(2.0 ** -np.arange(N), cond) for cond in (1e12, 10, 100)]
+    pairs = [(known.a, known.b) for known in knowns]
+    if bad:
+        pairs[1] = with_fault(bad, *pairs[1])
+    a, b = (torch.from_numpy(np.stack(x)) for x in zip(*pairs, strict=True))
+    result = solve(Pencil(a, b), 3, method="davidson")
+    assert result.status[1] & ~Status.VERIFIED == (FAULTS[bad] if bad else Status.CONVERGED)
+    for i in (0, 2):
+        assert result.status[i] & Status.CONVERGED
+        rtol = 1e-15 * np.linalg.cond(pairs[i][1]) + 1e-12
+        np.testing.assert_allclose(result.values[i].numpy(), knowns[i].values[:3], rtol=rtol)
+
+
+@pytest.mark.parametrize("scale", [1e-140, 1e140])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_scales(scale, diagonal):
+    pencil = power_law()
+    expected = solve(pencil, 4, method="davidson").values
+    b = Diagonal(pencil.B.diagonal()) if diagonal else pencil.B
+    if diagonal:
+        expected = solve(Pencil(pencil.A, b), 4, method="davidson").values
+        b = Diagonal(b.entries / scale)
+    else:
+        b = Dense(b.matrix / scale)
+    result = solve(Pencil(pencil.A.matrix * scale, b), 4, method="davidson")
+    assert result.status.item() & ~Status.VERIFIED == Status.CONVERGED
+    torch.testing.assert_close(result.values, expected * scale**2, rtol=1e-11, atol=0)
