@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import singledispatchmethod
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ _DENSE, _MATRIX, _DIAGONAL, _KRONECKER, _SUM, _SCALED, _LOW_RANK, _OUTER, _EIGEN
 _library = torch.library.Library("sst_kernels", "FRAGMENT")
 _library.define("_apply(Tensor x, int handle) -> Tensor")
 _callbacks: dict[int, Program] = {}
+_handles = count()
 
 
 class Program:
@@ -41,7 +43,7 @@ class Program:
         self.error: BaseException | None = None
         self._batch_shape = batch_shape
         self._functions: list[FunctionOperator] = []
-        self._handle = id(self) % 2**31
+        self._handle = next(_handles)
 
     calls_python = property(lambda self: bool(self._functions))
 

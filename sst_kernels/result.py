@@ -13,7 +13,8 @@ from torch import Tensor
 class Status(IntFlag):
     """Outcome of one pencil, as bits; `REMEDIES` says what to do about each.
 
-    CONVERGED: every backward error is at most `tol`, or at most 10 `tol` with STAGNATED beside it.
+    CONVERGED: every backward error is at most `tol`, or at most 10 `tol` with STAGNATED or MAX_ITERATIONS
+        beside it.
     VERIFIED: besides, no eigenvalue above the returned ones is missing: k = n, a closed form, or
         the inertia of A − tB with t between λ_k and λ_(k+1) (dense pencils, n <= 512). Never set
         beside CLUSTER_AT_K.

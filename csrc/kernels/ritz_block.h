@@ -198,7 +198,7 @@ SST_DEVICE void judge(Block& block, const Judge& args, int64_t pencil) {
     report[kProgress] = progress;
     bool guard = false;
     report[kGuardError] = 0;
-    if (args.window < w && squares[4 * args.window + 3] > 0) {
+    if (args.window < w) {
       const double* const square = squares + 4 * args.window;
       guard = eta[args.window] > args.guard_tol;
       if (guard) report[kGuardError] = std::sqrt(square[0]) * std::sqrt(square[3]);

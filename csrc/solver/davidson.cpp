@@ -110,7 +110,8 @@ class Iteration {
   Pairs residuals(const SmallEigen& ritz) {
     const int64_t missing = options_.k - basis_.locked(), window = std::min(options_.window, missing);
     const bool last = window == missing;
-    const int64_t w = std::min(std::max(window + 1, options_.block), basis_.size());
+    const int64_t exist = fresh_.size(2) - basis_.locked();
+    const int64_t w = std::min({std::max(window + 1, options_.block), basis_.size(), exist});
     Pairs pairs;
     pairs.rows = slice(ritz.rows, 1, 0, w);
     pairs.theta = slice(ritz.theta, 1, 0, w);
@@ -195,6 +196,11 @@ class Iteration {
       };
       put(found_.vectors, 0, basis_.locked_rows(Basis::kVectors), locked);
       put(found_.vectors, locked, x, count);
+      // Where the basis holds too few, random ones: they are judged, and improved, as any others.
+      for (int64_t first = locked + count; first < returned_; first += fresh_.size(1)) {
+        const int64_t rows = std::min(fresh_.size(1), returned_ - first);
+        put(found_.vectors, first, fresh_rows(rows), rows);
+      }
       if (locked > 0) {
         put(found_.theta, 0, locked_theta_, locked);
         put(found_.eta, 0, locked_eta_, locked);

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from pencils import FAULTS, kfac, with_fault
+from pencils import FAULTS, SPECTRA, Known, errors, kfac, planted, scipy_largest, with_fault
 from torch import Tensor
 
 from sst_kernels.davidson import DavidsonOptions
-from sst_kernels.operators import Diagonal, Kronecker
+from sst_kernels.operators import Dense, Diagonal, Kronecker
 from sst_kernels.pencil import Pencil
 from sst_kernels.result import EigenResult, Status
 from sst_kernels.solve import solve
-from sst_kernels.structured import EKFAC, FunctionOperator, LowRankPlusDiagonal
+from sst_kernels.structured import EKFAC, FunctionOperator, Gram, LowRankPlusDiagonal
 
 N = 240  # well above the search space for k <= 10
 
@@ -31,7 +31,7 @@ def exact_vectors(pencil: Pencil) -> Tensor:
 
 
 def check(result: EigenResult, pencil: Pencil, *, where: Tensor | None = None) -> None:
-    """Each pencil, or those of the mask `where`, beside LAPACK in float64: values, residual, B-orthogonality, status."""
+    """Each pencil (of the mask `where`) beside LAPACK in float64: values, residual, B-orthogonality, status."""
     n, k = pencil.n, result.values.shape[-1]
     a, b = (x.reshape(-1, n, n).double().numpy(force=True) for x in pencil.dense())
     values, vectors = result.values.reshape(-1, k), result.vectors.reshape(-1, n, k)
@@ -45,10 +45,12 @@ def check(result: EigenResult, pencil: Pencil, *, where: Tensor | None = None) -
         w, v = (x[i].double().numpy(force=True) for x in (values, vectors))
         assert (np.diff(w) <= 0).all()
         norms = np.linalg.norm(a[i], 2) + np.abs(w) * np.linalg.norm(b[i], 2)
-        errors = np.linalg.norm(a[i] @ v - b[i] @ v * w, axis=0) / np.linalg.norm(v, axis=0) / np.maximum(norms, 1e-300)
-        assert (errors <= tol + n * eps).all()
+        residual = (
+            np.linalg.norm(a[i] @ v - b[i] @ v * w, axis=0) / np.linalg.norm(v, axis=0) / np.maximum(norms, 1e-300)
+        )
+        assert (residual <= tol + n * eps).all()
         # certificates are never flattered, but by rounding
-        assert (claimed[i] >= 0.9 * errors - n * eps).all()
+        assert (claimed[i] >= 0.9 * residual - n * eps).all()
         gram = v.T @ b[i] @ v
         assert np.abs(gram - np.eye(k)).max() <= 30 * eps * np.linalg.cond(b[i])
         # |λ − θ| <= vᵀ r for B-normed v, so at most this
@@ -201,3 +203,133 @@ def test_empty_batch():
 def test_options_that_contradict(sizes):
     with pytest.raises(ValueError, match=r"DavidsonOptions: .* got"):
         solve(power_law(), 6, method="davidson", options=DavidsonOptions(**sizes))
+
+
+@pytest.mark.parametrize("k", [1, 3, 200])
+def test_zero_matrix(k):
+    """All λ are 0: a cluster, unless k = n cuts none."""
+    n = 200
+    pencil = Pencil(torch.zeros(n, n, dtype=torch.float64), power_law(n).B)
+    result = solve(pencil, k, method="davidson")
+    assert result.values.abs().max() == 0
+    assert result.b_orthogonality < 1e-12
+    assert result.status.item() & ~Status.VERIFIED == Status.CONVERGED | (Status.CLUSTER_AT_K if k < n else 0)
+
+
+@pytest.mark.parametrize(("k", "cut"), [(4, False), (5, False), (6, True), (12, True), (60, True), (N, False)])
+def test_pairs_beyond_the_rank(k, cut):
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((5, N)))
+    pencil = Pencil(Gram(rows), power_law().B)
+    result = solve(pencil, k, method="davidson")
+    check(result, pencil)
+    assert bool(result.status.item() & Status.CLUSTER_AT_K) == cut
+
+
+@pytest.mark.parametrize(("k", "cut"), [(2, True), (3, False), (4, True), (9, False)])
+def test_clusters(k, cut):
+    known = planted(np.repeat(2.0 ** -np.arange(N // 3), 3), 100)
+    pencil = Pencil(torch.from_numpy(known.a), torch.from_numpy(known.b))
+    result = solve(pencil, k, method="davidson")
+    check(result, pencil)
+    assert bool(result.status.item() & Status.CLUSTER_AT_K) == cut
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 50])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_orders_below_the_search_space(n, whole, dtype):
+    pencil = Pencil(*(x.to(dtype) for x in power_law(n).dense()))
+    result = solve(pencil, n if whole else 1, method="davidson")
+    check(result, pencil)
+    assert result.status.item() == Status.CONVERGED | Status.VERIFIED
+
+
+@pytest.mark.parametrize(("k", "window", "limit"), [(5, None, 1), (5, None, 0), (40, 4, 0), (40, 4, 9), (60, 4, 3)])
+@pytest.mark.parametrize("single_start", [False, True])
+def test_iteration_limit_leaves_honest_pairs(k, window, limit, single_start):
+    pencil = power_law()
+    options = DavidsonOptions(max_iterations=limit, window=window, single_start=single_start)
+    result = solve(pencil, k, method="davidson", options=options)
+    assert result.status.item() & ~Status.CLUSTER_AT_K == Status.MAX_ITERATIONS
+    assert result.counts.iterations == limit
+    assert "MAX_ITERATIONS" in result.explain()[0]
+    # Ritz pairs: B-orthonormal, each with the error that it has
+    torch.testing.assert_close(
+        result.backward_errors, pencil.backward_errors(result.values, result.vectors), rtol=0.3, atol=1e-15
+    )
+    assert pencil.b_orthogonality(result.vectors) < 1e-12
+    exact = torch.from_numpy(scipy.linalg.eigvalsh(*(x.numpy() for x in pencil.dense()))[::-1][:k].copy())
+    assert (result.values <= exact * (1 + 1e-12)).all()
+    assert (result.values > 0).all()
+
+
+def test_iteration_limit_is_raised_by_going_on():
+    """What one call has found is the start of the next."""
+    pencil, start = power_law(), None
+    for _ in range(20):
+        result = solve(pencil, 5, method="davidson", options=DavidsonOptions(max_iterations=4, start=start))
+        start = result.vectors
+        if not result.status.item() & Status.MAX_ITERATIONS:
+            break
+    check(result, pencil)
+
+
+def check_beside_scipy(known: Known, k: int, dtype: type, options: DavidsonOptions | None = None) -> None:
+    """Each error at most ten times scipy's, or 10·n·eps; the residual at the tolerance."""
+    a, b = known.a.astype(dtype), known.b.astype(dtype)
+    pencil = Pencil(torch.from_numpy(a), torch.from_numpy(b))
+    result = solve(pencil, k, method="davidson", options=options)
+    assert result.status.item() & ~Status.VERIFIED == Status.CONVERGED
+    w, v = scipy_largest(a, b, k)
+    ours = errors(a, b, result.values.numpy(), result.vectors.numpy(), known.values[:k])
+    theirs = np.maximum(errors(a, b, w, v, known.values[:k]), len(a) * np.finfo(dtype).eps)
+    assert ours[0] <= pencil.tolerance
+    assert (ours[1:] <= 10 * theirs[1:]).all()
+
+
+@pytest.mark.parametrize("cond", [1e8, 1e10, 1e12])
+@pytest.mark.parametrize("spectrum", ["power law", "spread", "low rank"])
+def test_ill_conditioned_b_beside_scipy(cond, spectrum):
+    known = planted(SPECTRA[spectrum](N, np.random.default_rng(0)), cond)
+    check_beside_scipy(known, 5, np.float64)
+    start = torch.from_numpy(np.random.default_rng(1).standard_normal((N, 4)))
+    check_beside_scipy(known, 5, np.float64, DavidsonOptions(start=start))
+
+
+@pytest.mark.parametrize("cond", [1e3, 1e5])
+@pytest.mark.parametrize("spectrum", ["power law", "spread", "steep"])
+def test_ill_conditioned_b_in_float32_beside_scipy(cond, spectrum):
+    known = planted(SPECTRA[spectrum](N, np.random.default_rng(0)), cond)
+    stored = [x.astype(np.float32).astype(float) for x in known[:2]]
+    check_beside_scipy(Known(*stored, scipy.linalg.eigvalsh(*stored)[::-1]), 5, np.float32)
+
+
+@pytest.mark.parametrize("bad", [None, "indefinite"])
+def test_ill_conditioned_and_ordinary_pencils_in_one_batch(bad):
+    knowns = [planted(2.0 ** -np.arange(N), cond) for cond in (1e12, 10, 100)]
+    pairs = [(known.a, known.b) for known in knowns]
+    if bad:
+        pairs[1] = with_fault(bad, *pairs[1])
+    a, b = (torch.from_numpy(np.stack(x)) for x in zip(*pairs, strict=True))
+    result = solve(Pencil(a, b), 3, method="davidson")
+    assert result.status[1] & ~Status.VERIFIED == (FAULTS[bad] if bad else Status.CONVERGED)
+    for i in (0, 2):
+        assert result.status[i] & Status.CONVERGED
+        rtol = 1e-15 * np.linalg.cond(pairs[i][1]) + 1e-12
+        np.testing.assert_allclose(result.values[i].numpy(), knowns[i].values[:3], rtol=rtol)
+
+
+@pytest.mark.parametrize("scale", [1e-140, 1e140])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_scales(scale, diagonal):
+    pencil = power_law()
+    expected = solve(pencil, 4, method="davidson").values
+    b = Diagonal(pencil.B.diagonal()) if diagonal else pencil.B
+    if diagonal:
+        expected = solve(Pencil(pencil.A, b), 4, method="davidson").values
+        b = Diagonal(b.entries / scale)
+    else:
+        b = Dense(b.matrix / scale)
+    result = solve(Pencil(pencil.A.matrix * scale, b), 4, method="davidson")
+    assert result.status.item() & ~Status.VERIFIED == Status.CONVERGED
+    torch.testing.assert_close(result.values, expected * scale**2, rtol=1e-11, atol=0)
