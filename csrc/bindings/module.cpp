@@ -56,8 +56,8 @@ py::tuple group_units(const std::vector<Product>& products, int64_t target_units
   return py::make_tuple(units, totals.workspace);
 }
 
-// Whether a signal handler has raised, looked for on behalf of code that does not hold the GIL. What it raised is kept for
-// take_interrupt: an exception of Python does not survive the way through torch's dispatcher.
+// Whether a signal handler has raised, looked for on behalf of code that does not hold the GIL. What it raised is kept
+// for take_interrupt: an exception of Python does not survive the way through torch's dispatcher.
 py::object& interrupt() {
   static auto* const kept = new py::object(py::none());
   return *kept;
