@@ -71,16 +71,17 @@ def _fits(pencil: Pencil, method: str) -> bool:
 
 def _fastest(pencil: Pencil, k: int) -> str:
     """Name of the method that `auto` takes."""
-    for method in _CLOSED:
+    for method in () if type(pencil.A) is type(pencil.B) is Dense else _CLOSED:
         if _fits(pencil, method):
             return method
-    n, batch = pencil.n, pencil.batch_shape.numel()
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(pencil))
-    if not (pencil.dtype.is_complex or differentiable) and _iteration_pays(pencil, k):
-        return "davidson"
-    if _subset_pays(n, k, batch) and _fits(pencil, "subset"):
-        return "subset"
-    return "fused" if not fused_is_slow(n, batch, pencil.device) and _fits(pencil, "fused") else "dense"
+    if not (pencil.dtype.is_complex or differentiable):
+        if _iteration_pays(pencil, k):
+            return "davidson"
+        if _subset_pays(pencil, k) and not _calls_python(pencil):
+            return "subset"
+    slow = fused_is_slow(pencil.n, pencil.batch_shape.numel(), pencil.device)
+    return "fused" if not slow and _fits(pencil, "fused") else "dense"
 
 
 def _iteration_pays(pencil: Pencil, k: int) -> bool:
@@ -89,9 +90,11 @@ def _iteration_pays(pencil: Pencil, k: int) -> bool:
     return pencil.n >= (1024 if dense else 512) and 16 * k <= pencil.n
 
 
-def _subset_pays(n: int, k: int, batch: int) -> bool:
-    """Whether k pairs come sooner than the whole spectrum, as measured by bench/eigensolver.py."""
-    return 2 * k <= n <= 512
+def _subset_pays(pencil: Pencil, k: int) -> bool:
+    """Whether k pairs come sooner than the whole spectrum, as measured by bench/eigensolver.py and small_pencils.py."""
+    n, few = pencil.n, pencil.batch_shape.numel() < 4
+    share = 2 if few and n <= 256 else 4
+    return pencil.device.type == "cpu" and share * k <= n <= 512 and (few or n >= 32)
 
 
 def _operators(op: Operator) -> Iterator[Operator]:
