@@ -52,6 +52,8 @@ def check_batches(owner: str, first: tuple[str, Sequence[int], Sequence[int]], s
     Raises:
         ValueError: if they do not.
     """
+    if first[2] == second[2]:
+        return
     try:
         torch.broadcast_shapes(first[2], second[2])
     except RuntimeError:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 
 import torch
 from torch import Tensor
 
-from .dense import fused_can, fused_is_slow
+from .dense import fused_can, fused_is_slow, subset_can
 from .operators import Dense, Diagonal, Kronecker, Operator
 from .pencil import Pencil
 from .preconditioners import has_inverse
 from .simplify import simplified
 from .structured import EKFAC, FunctionOperator, Gram
 
-METHODS = ("diagonal", "kronecker", "gram", "fused", "dense", "davidson")
+METHODS = ("diagonal", "kronecker", "gram", "fused", "subset", "dense", "davidson")
 _CLOSED = METHODS[:3]
 
 
@@ -35,7 +34,8 @@ def choose(pencil: Pencil, k: int, method: str) -> tuple[Pencil, str]:
         raise TypeError(f"solve: k must be an int, got {type(k).__name__}")
     if not 1 <= k <= pencil.n:
         raise ValueError(f"solve: k must be in 1..n with n = {pencil.n}, got k = {k}")
-    structure = Pencil(simplified(pencil.A), simplified(pencil.B))
+    a, b = simplified(pencil.A), simplified(pencil.B)
+    structure = pencil if a is pencil.A and b is pencil.B else Pencil(a, b)
     if method == "auto":
         return structure, _fastest(structure, k)
     if method not in METHODS:
@@ -62,22 +62,26 @@ def _fits(pencil: Pencil, method: str) -> bool:
     if method == "gram":
         few = isinstance(a, Gram) and a.rows.shape[-2] < a.n
         return few and bool((a.count > 0).all()) and has_inverse(b)
-    if method == "fused":
+    if method in ("fused", "subset"):
         like = torch.empty(0, dtype=pencil.dtype, device=pencil.device)
-        return not _calls_python(pencil) and fused_can(pencil.n, [like, *_tensors(pencil)])
+        can = fused_can if method == "fused" else subset_can
+        return not _calls_python(pencil) and can(pencil.n, [like, *_tensors(pencil)])
     return method == "dense" or not pencil.dtype.is_complex
 
 
 def _fastest(pencil: Pencil, k: int) -> str:
     """Name of the method that `auto` takes."""
-    for method in _CLOSED:
+    for method in () if type(pencil.A) is type(pencil.B) is Dense else _CLOSED:
         if _fits(pencil, method):
             return method
-    n, batch = pencil.n, pencil.batch_shape.numel()
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(pencil))
-    if not (pencil.dtype.is_complex or differentiable) and _iteration_pays(pencil, k):
-        return "davidson"
-    return "fused" if not fused_is_slow(n, batch, pencil.device) and _fits(pencil, "fused") else "dense"
+    if not (pencil.dtype.is_complex or differentiable):
+        if _iteration_pays(pencil, k):
+            return "davidson"
+        if _subset_pays(pencil, k) and not _calls_python(pencil):
+            return "subset"
+    slow = fused_is_slow(pencil.n, pencil.batch_shape.numel(), pencil.device)
+    return "fused" if not slow and _fits(pencil, "fused") else "dense"
 
 
 def _iteration_pays(pencil: Pencil, k: int) -> bool:
@@ -86,11 +90,17 @@ def _iteration_pays(pencil: Pencil, k: int) -> bool:
     return pencil.n >= (1024 if dense else 512) and 16 * k <= pencil.n
 
 
+def _subset_pays(pencil: Pencil, k: int) -> bool:
+    """Whether k pairs come sooner than the whole spectrum, as measured by bench/eigensolver.py and small_pencils.py."""
+    n, few = pencil.n, pencil.batch_shape.numel() < 4
+    share = 2 if few and n <= 256 else 4
+    return pencil.device.type == "cpu" and share * k <= n <= 512 and (few or n >= 32)
+
+
 def _operators(op: Operator) -> Iterator[Operator]:
     """An operator and its parts."""
     yield op
-    for field in fields(op) if is_dataclass(op) else ():
-        value = getattr(op, field.name)
+    for value in vars(op).values():
         for part in value if isinstance(value, list | tuple) else [value]:
             if isinstance(part, Operator):
                 yield from _operators(part)

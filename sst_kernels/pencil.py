@@ -42,7 +42,8 @@ class Pencil:
     @property
     def batch_shape(self) -> torch.Size:
         """Leading dimensions of A and B, broadcast."""
-        return torch.broadcast_shapes(self.A.batch_shape, self.B.batch_shape)
+        a, b = self.A.batch_shape, self.B.batch_shape
+        return a if a == b else torch.broadcast_shapes(a, b)
 
     @property
     def tolerance(self) -> float:

@@ -15,9 +15,10 @@ class Status(IntFlag):
 
     CONVERGED: every backward error is at most `tol`, or at most 10 `tol` with STAGNATED or MAX_ITERATIONS
         beside it.
-    VERIFIED: besides, no eigenvalue above the returned ones is missing: k = n, a closed form, or
-        the inertia of A − tB with t between λ_k and λ_(k+1) (dense pencils, n <= 512). Never set
-        beside CLUSTER_AT_K.
+    VERIFIED: besides, no eigenvalue above the returned ones is missing: k = n, a closed form,
+        the inertia of A − tB with t between λ_k and λ_(k+1) (dense pencils, n <= 512), or by
+        "subset" the inertia of T − tI, which bisection counts: up to rounding, which is below
+        the gap at k, T is similar to B⁻¹A (Sylvester). Never set beside CLUSTER_AT_K.
     CLUSTER_AT_K: λ_k and λ_(k+1) are equal to working accuracy.
     NOT_POSITIVE_DEFINITE: B has no Cholesky factor, in float64.
     NON_FINITE: NaN or infinity in A or B, or a result that overflows.

@@ -27,6 +27,8 @@ def simplified(operator: Operator) -> Operator:
         allow; Scaled only of a callable, Damped only of a callable, Kronecker or Sum. Entries of
         folded parts are copies.
     """
+    if type(operator) is Dense:
+        return operator
     if isinstance(operator, Scaled):
         return _scaled(simplified(operator.operator), operator.scale)
     if isinstance(operator, Damped):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .choose import choose
 from .davidson import DavidsonOptions, davidson
-from .dense import VERIFY_UP_TO, dense, fused
+from .dense import VERIFY_UP_TO, dense, fused, fused_is_slow, subset
 from .gram import gram
 from .operators import Dense
 from .pencil import Pencil
@@ -43,6 +43,7 @@ def solve(
     |             | both EKFAC, of one eigenbasis (same tensors)  | ratios of their eigenvalues  |
     | "gram"      | A = JᴴJ/N, N < n, B of those `inverse` takes  | eigh of J B⁻¹ Jᴴ / N         |
     | "fused"     | real, no gradient wanted; A and B are formed  | all pairs, by `fused_eigh`   |
+    | "subset"    | the same, on the CPU                          | k pairs, by tridiagonalisation |
     | "dense"     | any; A and B are formed                       | Cholesky, then eigh          |
     | "davidson"  | real, no gradient wanted                      | block Jacobi–Davidson        |
     | "auto"      | any                                           | the fastest of these         |
@@ -79,6 +80,8 @@ def solve(
         tol = pencil.tolerance
     elif not 0 < tol < math.inf:
         raise ValueError(f"solve: tol must be positive and finite, got {tol}; None for the default")
+    if name == "subset":
+        return _subset(structure, k, tol)
     if name == "davidson":
         found = _iterate(structure, k, tol, seed, options or DavidsonOptions())
     else:
@@ -99,6 +102,22 @@ def solve(
         counts=found.counts or Counts(k, k, 0, 0),
         history=found.history,
     )
+
+
+def _subset(pencil: Pencil, k: int, tol: float) -> EigenResult:
+    """`subset`, and for the pencils that it leaves the whole spectrum."""
+    result = subset(pencil, k, min(tol, pencil.tolerance))
+    if result.status.all():
+        return result
+    poor = result.status == 0
+    count = int(poor.sum())
+    whole = "dense" if fused_is_slow(pencil.n, count, pencil.device) else "fused"
+    if count == poor.numel():
+        return solve(pencil, k, method=whole, tol=tol)
+    rest = solve(Pencil(*(x[poor] for x in pencil.dense())), k, method=whole, tol=tol)
+    for name in ("values", "vectors", "backward_errors", "b_orthogonality", "status"):
+        getattr(result, name)[poor] = getattr(rest, name)
+    return result
 
 
 def _iterate(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOptions) -> Spectrum:
