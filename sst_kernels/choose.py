@@ -16,6 +16,7 @@ from .structured import EKFAC, FunctionOperator, Gram
 
 METHODS = ("diagonal", "kronecker", "gram", "fused", "subset", "dense", "davidson")
 _CLOSED = METHODS[:3]
+_SUBSET_UP_TO = 2048
 
 
 def choose(pencil: Pencil, k: int, method: str) -> tuple[Pencil, str]:
@@ -85,16 +86,16 @@ def _fastest(pencil: Pencil, k: int) -> str:
 
 
 def _iteration_pays(pencil: Pencil, k: int) -> bool:
-    """Whether iterating beats the whole spectrum, as measured by bench/eigensolver.py."""
+    """Whether iterating beats the direct methods, as measured by bench/eigensolver.py."""
     dense = isinstance(pencil.A, Dense) and isinstance(pencil.B, Dense)
-    return pencil.n >= (1024 if dense else 512) and 16 * k <= pencil.n
+    share = 64 if dense and pencil.device.type == "cpu" and pencil.n <= _SUBSET_UP_TO else 16
+    return pencil.n >= (1024 if dense else 512) and share * k <= pencil.n
 
 
 def _subset_pays(pencil: Pencil, k: int) -> bool:
-    """Whether k pairs come sooner than the whole spectrum, as measured by bench/eigensolver.py and small_pencils.py."""
-    n, few = pencil.n, pencil.batch_shape.numel() < 4
-    share = 2 if few and n <= 256 else 4
-    return pencil.device.type == "cpu" and share * k <= n <= 512 and (few or n >= 32)
+    """Whether k pairs come sooner than the whole spectrum, as measured by bench/eigensolver.py."""
+    # whatever the batch, so that its parts solved apart have the same bits
+    return pencil.device.type == "cpu" and 4 * k <= pencil.n <= _SUBSET_UP_TO
 
 
 def _operators(op: Operator) -> Iterator[Operator]:

@@ -43,13 +43,15 @@ def solve(
     |             | both EKFAC, of one eigenbasis (same tensors)  | ratios of their eigenvalues  |
     | "gram"      | A = JᴴJ/N, N < n, B of those `inverse` takes  | eigh of J B⁻¹ Jᴴ / N         |
     | "fused"     | real, no gradient wanted; A and B are formed  | all pairs, by `fused_eigh`   |
-    | "subset"    | the same, on the CPU                          | k pairs, by tridiagonalisation |
+    | "subset"    | the same, on the CPU                          | k pairs of a tridiagonal T    |
     | "dense"     | any; A and B are formed                       | Cholesky, then eigh          |
     | "davidson"  | real, no gradient wanted                      | block Jacobi–Davidson        |
     | "auto"      | any                                           | the fastest of these         |
 
-    "fused" takes orders up to what `fused_eigh_limit` says. "davidson" iterates: its pairs hold to `tol`, and
-    one may be missed unless the status says VERIFIED. Before it, a B that is a Kronecker product, damped
+    "fused" takes orders up to what `fused_eigh_limit` says. Pencils for which "subset" cannot say that its pairs are
+    good and none is missed (faults, clusters at k, entries beyond 1e±50) are solved by "fused" or "dense".
+    "davidson" iterates: its pairs hold to `tol`, and one may be missed unless the status says VERIFIED. Before it,
+    a B that is a Kronecker product, damped
     or not, beside an A of such terms, is made diagonal.
 
     Gradients flow to the entries of A and B (to the lower triangle, where matrices are read) by
@@ -67,7 +69,7 @@ def solve(
             takes n³/3 flops. None: where A and B are dense and n <= 512.
 
     Returns:
-        Values, vectors, certificates and a status for each pencil. Cost: dense 14n³ flops; gram
+        Values, vectors, certificates and a status for each pencil. Cost: dense 14n³ flops; subset 4n³ + 8n²k; gram
         about 2N²n and 9N³; Kronecker its two small pencils and 4(n₁ + n₂)nk; diagonal n log n; each
         and nk entries.
 

@@ -212,9 +212,10 @@ SST_INLINE void solve_shifted(int64_t n, const ShiftedFactors<Bytes>& f, double*
   }
 }
 
-// Columns [first, first + lanes) of y orthogonal to all before them and to each other, of length 1; zero from k on.
+// Columns [first, first + lanes) of y orthogonal to all from `before` on and to each other, of length 1; zero from k
+// on.
 template <int Bytes>
-SST_INLINE void orthonormalise(int64_t n, int64_t k, double* y, int64_t width, int64_t first) {
+SST_INLINE void orthonormalise(int64_t n, int64_t k, double* y, int64_t width, int64_t first, int64_t before) {
   using B = RowBlocks<Bytes, 1>;
   using V = typename B::V;
   constexpr int64_t lanes = B::kLanes;
@@ -243,7 +244,7 @@ SST_INLINE void orthonormalise(int64_t n, int64_t k, double* y, int64_t width, i
     }
   };
   constexpr int64_t together = 8;  // columns
-  int64_t c = 0;
+  int64_t c = before;
   for (; c + together <= first; c += together) project.template operator()<together>(c, V{} + 1);
   for (; c < first; ++c) project.template operator()<1>(c, V{} + 1);
   for (int64_t lane = 0; lane < lanes && first + lane < k; ++lane) {
@@ -281,9 +282,9 @@ SST_INLINE void inverse_iteration(const Tridiagonal& t, const double* values, in
     }
     for (int64_t s = 0; s < solves; ++s) {
       solve_shifted<Bytes>(n, f, y + first, width, s > 0);
-      orthonormalise<Bytes>(n, k, y, width, first);
+      orthonormalise<Bytes>(n, k, y, width, first, s > 0 ? 0 : first);
     }
-    orthonormalise<Bytes>(n, k, y, width, first);  // twice is enough
+    orthonormalise<Bytes>(n, k, y, width, first, 0);  // twice is enough
   }
 }
 
