@@ -149,7 +149,9 @@ SST_DEVICE void orthonormalizer(Block& block, const Orthonormalizer& args, int64
     for (int64_t e = t; e < p * m; e += kThreads) {
       const int64_t i = e / m, l = e % m;
       double sum = 0;
-      for (int64_t j = 0; j < p; ++j) sum -= out[i * (m + p) + m + j] * c[l * p + j];
+      for (int64_t j = 0; j < p; ++j) {
+        if (valid[j] != 0) sum -= out[i * (m + p) + m + j] * c[l * p + j];  // what is dropped may be NaN
+      }
       out[i * (m + p) + l] = sum;
     }
   });
