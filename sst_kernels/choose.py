@@ -65,7 +65,7 @@ def _fits(pencil: Pencil, method: str) -> bool:
     if method == "fused":
         like = torch.empty(0, dtype=pencil.dtype, device=pencil.device)
         return not _calls_python(pencil) and fused_can(pencil.n, [like, *_tensors(pencil)])
-    return method == "dense" or not pencil.dtype.is_complex
+    return method == "dense" or not (pencil.dtype.is_complex or _wants_gradient(pencil))
 
 
 def _fastest(pencil: Pencil, k: int) -> str:
@@ -74,8 +74,7 @@ def _fastest(pencil: Pencil, k: int) -> str:
         if _fits(pencil, method):
             return method
     n, batch = pencil.n, pencil.batch_shape.numel()
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(pencil))
-    if not (pencil.dtype.is_complex or differentiable) and _iteration_pays(pencil, k):
+    if _fits(pencil, "davidson") and _iteration_pays(pencil, k):
         return "davidson"
     return "fused" if not fused_is_slow(n, batch, pencil.device) and _fits(pencil, "fused") else "dense"
 
@@ -100,6 +99,10 @@ def _tensors(pencil: Pencil) -> list[Tensor]:
     """What A and B are made of."""
     parts = (op for side in (pencil.A, pencil.B) for op in _operators(side))
     return [x for op in parts for x in vars(op).values() if isinstance(x, Tensor)]
+
+
+def _wants_gradient(pencil: Pencil) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(pencil))
 
 
 def _calls_python(pencil: Pencil) -> bool:
