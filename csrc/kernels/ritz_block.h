@@ -202,8 +202,10 @@ SST_DEVICE void judge(Block& block, const Judge& args, int64_t pencil) {
     report[kGuardError] = 0;
     if (args.window < w) {
       const double* const square = squares + 4 * args.window;
-      guard = eta[args.window] > args.guard_tol;
-      if (guard) report[kGuardError] = std::sqrt(square[0]) * std::sqrt(square[3]);
+      const double error = std::sqrt(square[0]) * std::sqrt(square[3]);
+      const bool reaches = theta[args.window] + error >= theta[args.window - 1] && eta[args.window] > args.tol;
+      guard = is_finite(args.guard_tol) && (eta[args.window] > args.guard_tol || reaches);
+      if (guard) report[kGuardError] = error;
     }
     report[kGuard] = guard;
     report[kBroken] = broken;

@@ -294,7 +294,9 @@ void test_judge(int64_t w, int64_t window, int64_t p, bool spoil) {
       const double eta = square(i, 3) == 0 ? 1 : std::sqrt(square(i, 0)) / size;
       const double got_eta = r.eta[b * w + i];
       expect(std::isnan(eta) ? std::isnan(got_eta) : near(got_eta, eta, 1e-14), "judge: eta");
-      needed[i] = i < window ? !(eta <= tol) : i == window && eta > guard_tol;
+      const double reach = theta[b * (w + 1) + i] + std::sqrt(square(i, 0) * square(i, 3));
+      const bool reaches = eta > tol && i == window && reach >= theta[b * (w + 1) + i - 1];
+      needed[i] = i < window ? !(eta <= tol) : i == window && (eta > guard_tol || reaches);
       if (i >= window) continue;
       if (needed[i] && leading < 0) leading = static_cast<double>(i);
       unconverged += needed[i];

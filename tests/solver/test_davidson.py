@@ -9,7 +9,7 @@ import torch
 from pencils import FAULTS, SPECTRA, Known, errors, kfac, planted, scipy_largest, with_fault
 from torch import Tensor
 
-from sst_kernels.davidson import DavidsonOptions
+from sst_kernels.davidson import DavidsonOptions, davidson
 from sst_kernels.operators import Dense, Diagonal, Kronecker
 from sst_kernels.pencil import Pencil
 from sst_kernels.result import EigenResult, Status
@@ -232,6 +232,17 @@ def test_clusters(k, cut):
     result = solve(pencil, k, method="davidson")
     check(result, pencil)
     assert bool(result.status.item() & Status.CLUSTER_AT_K) == cut
+
+
+def test_a_guard_of_low_accuracy_hides_no_cluster():
+    """θ_(k+1) may be off by η cond(B): it is sought until it can be told from λ_k, or has converged."""
+    for n in range(6, 40):
+        known = planted(SPECTRA["clusters"](n, np.random.default_rng(n)), 1e3)
+        a, b = (x.astype(np.float32) for x in known[:2])
+        pencil = Pencil(torch.from_numpy(a), torch.from_numpy(b))
+        found = davidson(pencil, 2, pencil.tolerance, 0, DavidsonOptions())
+        exact = scipy.linalg.eigvalsh(a.astype(float), b.astype(float))[::-1]
+        assert found.values[2] == pytest.approx(exact[2], abs=3e-4)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 50])
