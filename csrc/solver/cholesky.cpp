@@ -55,6 +55,8 @@ CholeskyInverse cholesky_inverse(const Tensor& b) {
     std::tie(factor, info) = aten::cholesky_ex(to_dtype(b, ScalarType::Double));
     failed = to_host(info);
   }
+  // The last pivot may be infinite without a failure.
+  for (int64_t i = 0; i < batch; ++i) failed[i] += !std::isfinite(most[i]);
   CholeskyInverse found{nullptr, factor, std::vector<Definiteness>(batch, Definiteness::positive), safe};
   for (int64_t i = 0; i < batch; ++i) {
     if (failed[i] == 0) continue;

@@ -175,6 +175,17 @@ def test_faults_that_the_structure_of_b_shows(kind, entry, status):
     check(result, Pencil(a, b), where=torch.tensor([True, False]))
 
 
+@pytest.mark.parametrize("n", [1, 2, 40])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("kind", ["Dense", "Diagonal", "callable"])
+def test_infinite_last_entry_of_b(kind, value, n):
+    """The Cholesky factor of such a dense B exists."""
+    entries = torch.where(torch.arange(n) == n - 1, value, 2.0).double()
+    b = {"Dense": Dense(entries.diag()), "Diagonal": Diagonal(entries)}.get(kind, callable_of(entries.diag()))
+    result = solve(Pencil(power_law(n).A, b), 1, method="davidson")
+    assert result.status == Status.NON_FINITE
+
+
 def test_preconditioner_of_another_pencil():
     for other in (Diagonal(torch.ones(N - 1, dtype=torch.float64)), Diagonal(torch.ones(N))):
         with pytest.raises(ValueError, match="preconditioner must be of order"):
