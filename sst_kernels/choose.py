@@ -67,7 +67,7 @@ def _fits(pencil: Pencil, method: str) -> bool:
         like = torch.empty(0, dtype=pencil.dtype, device=pencil.device)
         can = fused_can if method == "fused" else subset_can
         return not _calls_python(pencil) and can(pencil.n, [like, *_tensors(pencil)])
-    return method == "dense" or not pencil.dtype.is_complex
+    return method == "dense" or not (pencil.dtype.is_complex or _wants_gradient(pencil))
 
 
 def _fastest(pencil: Pencil, k: int) -> str:
@@ -75,8 +75,7 @@ def _fastest(pencil: Pencil, k: int) -> str:
     for method in () if type(pencil.A) is type(pencil.B) is Dense else _CLOSED:
         if _fits(pencil, method):
             return method
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(pencil))
-    if not (pencil.dtype.is_complex or differentiable):
+    if not (pencil.dtype.is_complex or _wants_gradient(pencil)):
         if _iteration_pays(pencil, k):
             return "davidson"
         if _subset_pays(pencil, k) and not _calls_python(pencil):
@@ -111,6 +110,10 @@ def _tensors(pencil: Pencil) -> list[Tensor]:
     """What A and B are made of."""
     parts = (op for side in (pencil.A, pencil.B) for op in _operators(side))
     return [x for op in parts for x in vars(op).values() if isinstance(x, Tensor)]
+
+
+def _wants_gradient(pencil: Pencil) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(pencil))
 
 
 def _calls_python(pencil: Pencil) -> bool:

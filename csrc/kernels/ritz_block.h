@@ -149,7 +149,9 @@ SST_DEVICE void orthonormalizer(Block& block, const Orthonormalizer& args, int64
     for (int64_t e = t; e < p * m; e += kThreads) {
       const int64_t i = e / m, l = e % m;
       double sum = 0;
-      for (int64_t j = 0; j < p; ++j) sum -= out[i * (m + p) + m + j] * c[l * p + j];
+      for (int64_t j = 0; j < p; ++j) {
+        if (valid[j] != 0) sum -= out[i * (m + p) + m + j] * c[l * p + j];  // what is dropped may be NaN
+      }
       out[i * (m + p) + l] = sum;
     }
   });
@@ -176,8 +178,8 @@ SST_DEVICE void judge(Block& block, const Judge& args, int64_t pencil) {
     for (int64_t i = t; i < w; i += kThreads) {
       const double size = (norms[0] + std::fabs(theta[i]) * norms[1]) * std::sqrt(squares[4 * i + 3]);
       const double residual = std::sqrt(squares[4 * i]);
-      // A row of no vector counts as far from converged; 0/0 is the residual of A = 0.
-      eta[i] = squares[4 * i + 3] == 0 ? 1 : residual == 0 ? 0 : residual / size;
+      // A row of no vector counts as far from converged, but for products that are not finite; 0/0 is the residual of A = 0.
+      eta[i] = squares[4 * i + 3] == 0 && is_finite(residual) ? 1 : residual == 0 ? 0 : residual / size;
     }
   });
   block.barrier();
@@ -200,8 +202,10 @@ SST_DEVICE void judge(Block& block, const Judge& args, int64_t pencil) {
     report[kGuardError] = 0;
     if (args.window < w) {
       const double* const square = squares + 4 * args.window;
-      guard = eta[args.window] > args.guard_tol;
-      if (guard) report[kGuardError] = std::sqrt(square[0]) * std::sqrt(square[3]);
+      const double error = std::sqrt(square[0]) * std::sqrt(square[3]);
+      const bool reaches = theta[args.window] + error >= theta[args.window - 1] && eta[args.window] > args.tol;
+      guard = is_finite(args.guard_tol) && (eta[args.window] > args.guard_tol || reaches);
+      if (guard) report[kGuardError] = error;
     }
     report[kGuard] = guard;
     report[kBroken] = broken;

@@ -88,6 +88,7 @@ Factor factorize(const Tensor& b, ScalarType dtype) {
   Factor found{factor, {}, to_host(aten::amin(pivots, -1)), to_host(torch::stable::amax(pivots, -1, false))};
   const std::vector<double> infos = to_host(info);
   for (size_t i = 0; i < infos.size(); ++i) {
+    // The root of infinity is no failure to LAPACK.
     found.failed.push_back(infos[i] != 0 || !std::isfinite(found.least[i]) || !std::isfinite(found.most[i]));
   }
   return found;
@@ -106,7 +107,7 @@ CholeskyInverse cholesky_inverse(const Tensor& b) {
   const auto& [factor, failed, least, most] = made;
   CholeskyInverse found{nullptr, factor, std::vector<Definiteness>(batch, Definiteness::positive), safe};
   for (int64_t i = 0; i < batch; ++i) {
-    if (failed[i] == 0 && std::isfinite(most[i])) continue;  // the root of infinity is no failure to LAPACK
+    if (!failed[i]) continue;
     const double total = to_host(aten::sum_over(aten::sum_over(aten::tril(slice(b, 0, i, 1)), -1), -1))[0];
     found.definiteness[i] = std::isfinite(total) ? Definiteness::indefinite : Definiteness::not_finite;
     const Tensor place = slice(factor, 0, i, 1);

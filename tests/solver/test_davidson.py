@@ -9,7 +9,7 @@ import torch
 from pencils import FAULTS, SPECTRA, Known, errors, kfac, planted, scipy_largest, with_fault
 from torch import Tensor
 
-from sst_kernels.davidson import DavidsonOptions
+from sst_kernels.davidson import DavidsonOptions, davidson
 from sst_kernels.operators import Dense, Diagonal, Kronecker
 from sst_kernels.pencil import Pencil
 from sst_kernels.result import EigenResult, Status
@@ -175,6 +175,17 @@ def test_faults_that_the_structure_of_b_shows(kind, entry, status):
     check(result, Pencil(a, b), where=torch.tensor([True, False]))
 
 
+@pytest.mark.parametrize("n", [1, 2, 40])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("kind", ["Dense", "Diagonal", "callable"])
+def test_infinite_last_entry_of_b(kind, value, n):
+    """The Cholesky factor of such a dense B exists."""
+    entries = torch.where(torch.arange(n) == n - 1, value, 2.0).double()
+    b = {"Dense": Dense(entries.diag()), "Diagonal": Diagonal(entries)}.get(kind, callable_of(entries.diag()))
+    result = solve(Pencil(power_law(n).A, b), 1, method="davidson")
+    assert result.status == Status.NON_FINITE
+
+
 def test_preconditioner_of_another_pencil():
     for other in (Diagonal(torch.ones(N - 1, dtype=torch.float64)), Diagonal(torch.ones(N))):
         with pytest.raises(ValueError, match="preconditioner must be of order"):
@@ -232,6 +243,17 @@ def test_clusters(k, cut):
     result = solve(pencil, k, method="davidson")
     check(result, pencil)
     assert bool(result.status.item() & Status.CLUSTER_AT_K) == cut
+
+
+def test_a_guard_of_low_accuracy_hides_no_cluster():
+    """θ_(k+1) may be off by η cond(B): it is sought until it can be told from λ_k, or has converged."""
+    for n in range(6, 40):
+        known = planted(SPECTRA["clusters"](n, np.random.default_rng(n)), 1e3)
+        a, b = (x.astype(np.float32) for x in known[:2])
+        pencil = Pencil(torch.from_numpy(a), torch.from_numpy(b))
+        found = davidson(pencil, 2, pencil.tolerance, 0, DavidsonOptions())
+        exact = scipy.linalg.eigvalsh(a.astype(float), b.astype(float))[::-1]
+        assert found.values[2] == pytest.approx(exact[2], abs=3e-4)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 50])
