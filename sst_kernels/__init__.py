@@ -7,11 +7,12 @@ import torch  # noqa: F401  (first: it loads libtorch, which the compiled module
 from ._C import build_info
 from .accumulate import AccumulatorOptions, FactorAccumulator
 from .combined import Damped, Scaled, Sum
+from .davidson import DavidsonOptions
 from .distributed import solve_distributed
 from .eigh import eigh
 from .eigh_topk import eigh_topk
 from .factors import Factors
-from .operators import Dense, Diagonal, Kronecker
+from .operators import Dense, Diagonal, Kronecker, Operator
 from .ops import (
     fused_eigh,
     fused_eigh_limit,
@@ -34,6 +35,7 @@ __all__ = [
     "EKFAC",
     "AccumulatorOptions",
     "Damped",
+    "DavidsonOptions",
     "Dense",
     "Diagonal",
     "EigenResult",
@@ -43,6 +45,7 @@ __all__ = [
     "Gram",
     "Kronecker",
     "LowRankPlusDiagonal",
+    "Operator",
     "Pencil",
     "Scaled",
     "Status",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 def check_entries(owner: str, name: str, entries: Tensor) -> None:
-    """Check that an argument is a tensor of a supported dtype.
+    """Check that an argument is a strided tensor of a supported dtype.
 
     Args:
         owner: whose argument it is, for the message.
@@ -23,6 +24,11 @@ def check_entries(owner: str, name: str, entries: Tensor) -> None:
     """
     if not isinstance(entries, Tensor):
         raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(entries).__name__}")
+    if entries.layout != torch.strided:
+        raise TypeError(
+            f"{owner}: {name} must be strided, got {entries.layout}; convert with .to_dense(), or give its product "
+            "as a FunctionOperator"
+        )
     if entries.dtype not in DTYPES:
         raise TypeError(
             f"{owner}: {name} must be float32, float64, complex64 or complex128, got "
@@ -84,7 +90,7 @@ def as_scale(
         ValueError: if the shapes do not broadcast or the devices differ.
     """
     real = dtype.to_real()
-    if isinstance(value, bool) or not isinstance(value, Tensor | float | int):
+    if isinstance(value, bool) or not isinstance(value, Tensor | Real):
         raise TypeError(f"{owner}: {name} must be a number or a real torch.Tensor, got {type(value).__name__}")
     if not isinstance(value, Tensor):
         return torch.tensor(value, dtype=real, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -27,14 +28,13 @@ def choose(pencil: Pencil, k: int, method: str) -> tuple[Pencil, str]:
 
     Raises:
         TypeError: if `pencil` is no Pencil or k no integer.
-        ValueError: if k is out of range, or the method unknown or unfit for the pencil.
+        ValueError: if k is out of range, the method unknown or unfit for the pencil, or its device meta.
     """
     if not isinstance(pencil, Pencil):
         raise TypeError(f"solve: pencil must be a Pencil, got {type(pencil).__name__}; write Pencil(A, B)")
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"solve: k must be an int, got {type(k).__name__}")
-    if not 1 <= k <= pencil.n:
-        raise ValueError(f"solve: k must be in 1..n with n = {pencil.n}, got k = {k}")
+    check_count(k, pencil.n)
+    if pencil.device.type == "meta":
+        raise ValueError("solve: A and B are on device meta, where nothing can be computed; move them with .to(device)")
     a, b = simplified(pencil.A), simplified(pencil.B)
     structure = pencil if a is pencil.A and b is pencil.B else Pencil(a, b)
     if method == "auto":
@@ -50,6 +50,19 @@ def choose(pencil: Pencil, k: int, method: str) -> tuple[Pencil, str]:
     return structure, method
 
 
+def check_count(k: int, n: int) -> None:
+    """Check that k pairs can be asked of order n.
+
+    Raises:
+        TypeError: if k is no integer.
+        ValueError: if it is out of range.
+    """
+    if isinstance(k, bool) or not isinstance(k, Integral):
+        raise TypeError(f"solve: k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= n:
+        raise ValueError(f"solve: k must be in 1..n with n = {n}, got k = {k}")
+
+
 def _fits(pencil: Pencil, method: str) -> bool:
     """Whether `method` can solve a pencil of this structure."""
     a, b = pencil.A, pencil.B
@@ -61,7 +74,7 @@ def _fits(pencil: Pencil, method: str) -> bool:
         both = isinstance(a, Kronecker) and isinstance(b, Kronecker)
         return both and a.left.n == b.left.n
     if method == "gram":
-        few = isinstance(a, Gram) and a.rows.shape[-2] < a.n
+        few = isinstance(a, Gram) and 0 < a.rows.shape[-2] < a.n
         return few and bool((a.count > 0).all()) and has_inverse(b)
     if method in ("fused", "subset"):
         like = torch.empty(0, dtype=pencil.dtype, device=pencil.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class Damped(_OfOne):
     def __post_init__(self) -> None:
         """Make A an operator and γ a real tensor."""
         object.__setattr__(self, "operator", as_operator(self.operator, "Damped: operator"))
-        if isinstance(self.damping, float | int) and not self.damping >= 0:
+        if isinstance(self.damping, Real) and not self.damping >= 0:
             raise ValueError(f"Damped: damping must be >= 0, got {self.damping}; Sum and Scaled shift by any number")
         object.__setattr__(self, "damping", _scale("Damped", "damping", self.damping, self.operator))
 

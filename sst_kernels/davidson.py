@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .operators import Dense, Operator
+from .operators import Dense, Operator, as_operator
 from .pencil import Pencil
 from .preconditioners import factored_inverse, preconditioner
 from .program import Program
@@ -34,8 +34,8 @@ class DavidsonOptions:
         single_start: whether float64 pencils without `start` are first solved in float32 as far as that goes.
         start: (..., n, m) vectors near the wanted ones, in the batch shape of the pencil, of any length and number;
             those that are zero or not finite count for nothing.
-        preconditioner: K⁻¹ ≈ B⁻¹, symmetric positive definite. None means the float32 Cholesky factor of a
-            dense B, else what `sst_kernels.preconditioners.preconditioner` makes of B.
+        preconditioner: K⁻¹ ≈ B⁻¹, symmetric positive definite; a tensor means Dense. None means the float32
+            Cholesky factor of a dense B, else what `sst_kernels.preconditioners.preconditioner` makes of B.
     """
 
     block: int | None = None
@@ -46,7 +46,7 @@ class DavidsonOptions:
     inner_steps: int = 8
     single_start: bool = False
     start: Tensor | None = None
-    preconditioner: Operator | None = None
+    preconditioner: Operator | Tensor | None = None
 
     def sizes(self, k: int) -> tuple[int, int, int, int]:
         """Sizes for k wanted pairs.
@@ -55,8 +55,12 @@ class DavidsonOptions:
             Block, window, keep and capacity.
 
         Raises:
+            TypeError: if one is no integer.
             ValueError: if they contradict each other, or a limit is negative.
         """
+        for name in ("block", "window", "keep", "capacity", "max_iterations", "inner_steps"):
+            if not isinstance(getattr(self, name), int | None):
+                raise TypeError(f"DavidsonOptions: {name} must be an int, got {getattr(self, name)!r}")
         window = min(k, 48 if self.window is None else self.window)
         block = min(max(k, 4), 16) if self.block is None else self.block
         keep = window + min(max(window, 4), 16) if self.keep is None else self.keep
@@ -91,6 +95,7 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
         float32 factor, n² entries, and, with `single_start`, float32 copies of A and B.
 
     Raises:
+        TypeError: for options of other types.
         ValueError: for complex pencils, and options that contradict each other.
         BaseException: what a Python callable among the operators raises, or a signal handler.
     """
@@ -104,7 +109,7 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
     warm = options.start is not None
     program = Program(shape)
     codes = [program.encode(a), program.encode(b)]
-    inverse, fault = _inverse(b, options.preconditioner)
+    inverse, fault = _inverse(b, options.preconditioner, shape)
     codes.append([] if inverse is None else program.encode(inverse))
     rows, fresh = _random_rows(pencil, max(window + 1, block), seed)
     if warm:
@@ -159,19 +164,27 @@ def _near_one(op: Operator) -> tuple[Operator, Tensor]:
     return op.normalized()
 
 
-def _inverse(b: Operator, given: Operator | None) -> tuple[Operator | None, Tensor | int]:
+def _inverse(b: Operator, given: Operator | Tensor | None, batch: torch.Size) -> tuple[Operator | None, Tensor | int]:
     """K⁻¹, None where the solver factors B, and the faults of B that its structure shows."""
     if given is not None:
-        if (given.n, given.dtype, given.device) != (b.n, b.dtype, b.device):
+        given = as_operator(given, "DavidsonOptions: preconditioner")
+        fits = (given.n, given.dtype, given.device) == (b.n, b.dtype, b.device)
+        if not fits or not _broadcasts_to(given.batch_shape, batch):
             raise ValueError(
-                f"DavidsonOptions: preconditioner must be of order {b.n}, {b.dtype} on {b.device} as A and B, "
-                f"got {tuple(given.shape)} {given.dtype} on {given.device}"
+                f"DavidsonOptions: preconditioner must be {(*batch, b.n, b.n)} {b.dtype} on {b.device} as A and B, "
+                f"or of fewer matrices, got {tuple(given.shape)} {given.dtype} on {given.device}"
             )
         return given, 0
     if isinstance(b, Dense):
         return None, 0
     found = factored_inverse(b)
     return (preconditioner(b) or b.identity(), 0) if found is None else found
+
+
+def _broadcasts_to(shape: torch.Size, batch: torch.Size) -> bool:
+    """Whether a batch shape can be expanded to another one."""
+    pairs = zip(reversed(shape), reversed(batch), strict=False)
+    return len(shape) <= len(batch) and all(own in (1, size) for own, size in pairs)
 
 
 def _random_rows(pencil: Pencil, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -189,8 +202,11 @@ def _start_rows(start: Tensor, rows: Tensor, batch_shape: torch.Size) -> Tensor:
         Rows (N, max(m, count), n) of length 1 or 0.
 
     Raises:
+        TypeError: if `start` is no tensor.
         ValueError: if their shape, dtype or device do not fit the pencil.
     """
+    if not isinstance(start, Tensor):
+        raise TypeError(f"DavidsonOptions: start must be a torch.Tensor, got {type(start).__name__}")
     n = rows.shape[-1]
     fits = start.dim() >= 2 and start.shape[-2] == n and start.dtype == rows.dtype and start.device == rows.device
     if not fits or start.shape[:-2] != batch_shape:

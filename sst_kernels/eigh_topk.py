@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_matrix
+from .choose import check_count
 from .eigh_grad import hermitian_part, inverse_gaps
 from .operators import Dense
 from .pencil import Pencil
@@ -46,7 +48,10 @@ def eigh_topk(
 
     What does not fit raises TypeError or ValueError, as in `solve`.
     """
-    return _op(a, b, k, tol=tol, method=method, seed=seed)
+    check_matrix("eigh_topk", "a", a)
+    check_matrix("eigh_topk", "b", b)
+    check_count(k, a.shape[-1])
+    return _op(a, b, int(k), tol=tol, method=method, seed=seed)
 
 
 def _kernel(
@@ -59,7 +64,9 @@ def _kernel(
 def _fake(
     a: Tensor, b: Tensor, k: int, *, tol: float | None = None, method: str = "auto", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, n = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-1]
+    pencil = Pencil(a, b)  # also what refuses one tensor on meta, which brings its call here
+    check_count(k, pencil.n)
+    batch, n = pencil.batch_shape, pencil.n
     values = a.new_empty(*batch, k, dtype=a.real.dtype)
     return values, a.new_empty(*batch, n, k), a.new_empty(batch, dtype=torch.int64)
 

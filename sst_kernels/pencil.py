@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import as_scale
 from .operators import Operator, as_operator, check_alike
 from .scaling import scale_by_power
 
@@ -92,17 +93,18 @@ class Pencil:
         return torch.linalg.vector_norm(gram, torch.inf, dim=(-2, -1))
 
     @torch.no_grad()
-    def count_above(self, t: Tensor) -> Tensor:
+    def count_above(self, t: Tensor | float) -> Tensor:
         """Number of eigenvalues above t, by Sylvester's law of inertia on A − tB = LDLᴴ.
 
         Args:
-            t: (...,) real, in the batch shape of the pencil. Within rounding of an eigenvalue the
-                count may go either way.
+            t: a number or real tensor (...,) that broadcasts with the batch shape of the pencil. Within
+                rounding of an eigenvalue the count may go either way.
 
         Returns:
             Counts, int64 (...,). Forms A − tB; n³/3 flops (complex: of order 2n).
         """
         a, b = self.dense()
+        t = as_scale("Pencil.count_above", "t", t, self.dtype, self.device, self.batch_shape)
         shifted = a - t[..., None, None] * b
         copies = 1
         if shifted.is_complex():  # [[X, −Y], [Y, X]] has every eigenvalue of X + iY twice

@@ -145,7 +145,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     batch, n = matrix.shape[:-2], matrix.shape[-1]
     double = torch.promote_types(matrix.dtype, torch.float64)
-    hermitian = matrix.to(double).reshape(-1, n, n)
+    hermitian = matrix.to(double).reshape(batch.numel(), n, n)
     values, vectors, fault = generalized_eigh(0.5 * hermitian + 0.5 * hermitian.mH, None)
     bad = (fault != 0)[:, None]
     vectors = torch.where(bad[..., None], torch.eye(n, dtype=double, device=matrix.device), vectors)

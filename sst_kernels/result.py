@@ -41,7 +41,8 @@ REMEDIES = {
     Status.NOT_POSITIVE_DEFINITE: "B is not positive definite; add damping, B + γI",
     Status.NON_FINITE: "NaN or infinity in A or B (or a result out of range); find its source, or rescale",
     Status.MAX_ITERATIONS: "the iteration limit was reached; raise it, or loosen tol",
-    Status.STAGNATED: "a backward error stays above tol; use float64, a larger tol, or more damping of B",
+    Status.STAGNATED: "a backward error stays above tol; use float64, a larger tol, or more damping of B, and "
+    "make sure that callables are Hermitian",
 }
 
 
@@ -95,8 +96,9 @@ class EigenResult:
         status: `Status` bits, int64 (...,).
         method: name of the method that ran.
         counts: products and iterations.
-        history: (iterations, 3) float64 of the iteration, None for a direct method: pencils still in the
-            batch, wanted pairs above tolerance in them, and the largest backward error.
+        history: (steps, 3) float64 of the iteration, None for a direct method: pencils still in the batch, wanted
+            pairs above tolerance in them, and the largest backward error. A step more than iterations for each
+            time that it began anew, to judge what it began with.
     """
 
     values: Tensor

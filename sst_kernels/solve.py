@@ -41,7 +41,7 @@ def solve(
     | "diagonal"  | both Diagonal                                 | a_i / b_i                    |
     | "kronecker" | both Kronecker, their factors of equal orders | products of λ of the factors |
     |             | both EKFAC, of one eigenbasis (same tensors)  | ratios of their eigenvalues  |
-    | "gram"      | A = JᴴJ/N, N < n, B of those `inverse` takes  | eigh of J B⁻¹ Jᴴ / N         |
+    | "gram"      | A = JᴴJ/N, 0 < N < n, B of those `inverse` takes  | eigh of J B⁻¹ Jᴴ / N         |
     | "fused"     | real, no gradient wanted; A and B are formed  | all pairs, by `fused_eigh`   |
     | "subset"    | the same, on the CPU                          | k pairs of a tridiagonal T    |
     | "dense"     | any; A and B are formed                       | Cholesky, then eigh          |
@@ -74,10 +74,13 @@ def solve(
         and nk entries.
 
     Raises:
-        TypeError: if `pencil` is no Pencil or k no integer.
-        ValueError: if k or tol is out of range, or the method unknown or unfit for the pencil.
+        TypeError: if `pencil` is no Pencil, `options` no DavidsonOptions, or k no integer.
+        ValueError: if k or tol is out of range, the method unknown or unfit for the pencil, or its device meta.
     """
     structure, name = choose(pencil, k, method)
+    k = int(k)
+    if not isinstance(options, DavidsonOptions | None):
+        raise TypeError(f"solve: options must be a DavidsonOptions, got {type(options).__name__}")
     if tol is None:
         tol = pencil.tolerance
     elif not 0 < tol < math.inf:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class Gram(Operator):
         if self.rows.dim() < 2:
             raise ValueError(f"Gram: rows must be (..., N, n), got {tuple(self.rows.shape)}")
         count = max(self.rows.shape[-2], 1) if self.count is None else self.count
-        if isinstance(count, int | float) and not count > 0:
+        if isinstance(count, Real) and not count > 0:
             raise ValueError(f"Gram: count must be positive, got {count}; None means the number of rows")
         object.__setattr__(
             self, "count", as_scale("Gram", "count", count, self.dtype, self.device, self.rows.shape[:-2])
@@ -282,8 +283,8 @@ class FunctionOperator(Operator):
             raise TypeError(f"FunctionOperator: function must be callable, got {type(function).__name__}")
         if dtype not in DTYPES:
             raise TypeError(f"FunctionOperator: dtype must be float32, float64, complex64 or complex128, got {dtype}")
-        if len(shape) < 2 or shape[-1] != shape[-2]:
-            raise ValueError(f"FunctionOperator: shape must be (..., n, n), got {tuple(shape)}")
+        if not isinstance(shape, Sequence) or len(shape) < 2 or shape[-1] != shape[-2] or min(shape) < 0:
+            raise ValueError(f"FunctionOperator: shape must be (..., n, n), got {shape}")
         self.function, self._shape, self._dtype = function, torch.Size(shape), dtype
         self._device = torch.empty(0, device=device).device
         self._diagonal = diagonal
