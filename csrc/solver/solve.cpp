@@ -59,6 +59,27 @@ Tensor solve_in_single(const Pencil& pencil, const Tensor& start, const Tensor& 
   return vectors;
 }
 
+// From the second round on the start holds all k: nothing is locked, and each pair is judged. The last round only
+// judges what is there, from fresh products.
+Options options_of_round(Options options, int64_t round, bool last, int64_t iterations) {
+  if (round > 0) {
+    const int64_t locked = options.k - options.window;
+    options.window += locked;
+    options.keep += locked;
+    options.capacity += locked;
+  }
+  options.max_iterations = last ? 0 : std::max<int64_t>(options.max_iterations - iterations, 0);
+  return options;
+}
+
+// max |VBVᵀ − I| (N) of the rows V.
+Tensor b_orthogonality(const Operator& b, const Tensor& v) {
+  const Tensor gram =
+      aten::matmul(to_dtype(b.apply(v), ScalarType::Double), aten::transposed(to_dtype(v, ScalarType::Double)));
+  const Tensor excess = aten::abs(aten::subtract(gram, aten::eye_like(gram, v.size(1))));
+  return torch::stable::amax(torch::stable::amax(excess, -1, false), -1, false);
+}
+
 }  // namespace
 
 Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor& fresh, const Options& options,
@@ -87,15 +108,7 @@ Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor
     const Tensor index = aten::index_tensor(todo, rows);
     const Pencil part = whole ? pencil : map(pencil, [&](const Operator& op) { return op.select(index); });
     const Tensor part_norms = whole ? norms : aten::index_select(norms, 0, index);
-    Options now = options;
-    if (round > 0) {  // the start holds all k: nothing is locked, and each pair is judged
-      const int64_t locked = options.k - options.window;
-      now.window += locked;
-      now.keep += locked;
-      now.capacity += locked;
-    }
-    // The last round only judges what is there, from fresh products.
-    now.max_iterations = last ? 0 : std::max<int64_t>(options.max_iterations - all.counts.iterations, 0);
+    const Options now = options_of_round(options, round, last, all.counts.iterations);
     const Found found = davidson(part, start, fresh, part_norms, now, all.counts, observer);
     if (round == 0) {
       all.theta = torch::stable::new_zeros(found.theta, {batch, found.theta.size(1)});
@@ -120,11 +133,7 @@ Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor
     if (!todo.empty()) start = aten::index_select(all.vectors, 0, aten::index_tensor(todo, rows));
   }
   const int64_t k = std::min(options.k, all.vectors.size(1));
-  const Tensor v = slice(all.vectors, 1, 0, k);
-  const Tensor gram =
-      aten::matmul(to_dtype(pencil.b->apply(v), ScalarType::Double), aten::transposed(to_dtype(v, ScalarType::Double)));
-  const Tensor excess = aten::abs(aten::subtract(gram, aten::eye_like(gram, k)));
-  all.b_orthogonality = torch::stable::amax(torch::stable::amax(excess, -1, false), -1, false);
+  all.b_orthogonality = b_orthogonality(*pencil.b, slice(all.vectors, 1, 0, k));
   all.counts.b += k;
   return all;
 }
