@@ -91,8 +91,10 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
 
     Returns:
         k + 1 values or more, k vectors, and certificates from products with those vectors. A, B and K⁻¹ are
-        applied to some 4k to 20k columns. Memory beside the operators: 3 (capacity + k) n; for a dense B the
-        float32 factor, n² entries, and, with `single_start`, float32 copies of A and B.
+        applied to some 4k to 20k columns. Memory beside the operators: 3 (capacity + k) n entries, for float32
+        twice as many again while they are widened; for a dense B its float32 factor, n² entries a pencil (in
+        float64, with as much for L⁻¹AL⁻ᵀ, where B is ill-conditioned); with `single_start` float32 copies of
+        A and B; and, when half of a batch has converged, copies of the matrices of the others.
 
     Raises:
         TypeError: for options of other types.
@@ -124,6 +126,7 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
     )
     *counts, own = (int(x) for x in counts)
     power = (a_exponent - b_exponent).expand(shape)
+    theta = theta[:, :n]  # the solver returns more rows than there are pairs where k is near n
     values = scale_by_power(theta.reshape(*shape, theta.shape[-1]), power[..., None])
     vectors = rows[:, :k].mT.reshape(*shape, n, k)
     vectors = scale_by_power(vectors, -(b_exponent // 2).expand(shape)[..., None, None])

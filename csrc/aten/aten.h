@@ -5,8 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -57,6 +59,10 @@ inline void subtract_gram_(const Tensor& s, const Tensor& x) {
 inline Tensor index_select(const Tensor& a, int64_t dim, const Tensor& index) {
   return take(dispatch("aten::index_select", "", a, dim, index)[0]);
 }
+// Rows `index` of `to` ← `from`, in the first dimension.
+inline void put_rows(const Tensor& to, const Tensor& index, const Tensor& from) {
+  take(dispatch("aten::index_copy_", "", to, int64_t{0}, index, from)[0]);
+}
 inline Tensor gather(const Tensor& a, int64_t dim, const Tensor& index) {
   return take(dispatch("aten::gather", "", a, dim, index, false)[0]);
 }
@@ -96,6 +102,12 @@ inline Tensor on_host(const Tensor& x) {
   return torch::stable::to(x, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 inline Tensor on_device_of(const Tensor& x, const Tensor& like) { return torch::stable::to(x, like.device()); }
+// Places in a batch, int64, on the device of `like`.
+inline Tensor index_tensor(const std::vector<int64_t>& places, const Tensor& like) {
+  const Tensor host = torch::stable::empty({static_cast<int64_t>(places.size())}, ScalarType::Long);
+  std::copy(places.begin(), places.end(), static_cast<int64_t*>(host.mutable_data_ptr()));
+  return on_device_of(host, like);
+}
 // Rows [start, start + length) of dimension `dim`, a view.
 inline Tensor slice(Tensor a, int64_t dim, int64_t start, int64_t length) {
   return torch::stable::narrow(a, dim, start, length);
@@ -103,11 +115,7 @@ inline Tensor slice(Tensor a, int64_t dim, int64_t start, int64_t length) {
 
 // Eigenvalues ascending (N, m) and eigenvectors as columns (N, m, m), of the lower triangles.
 inline std::pair<Tensor, Tensor> linalg_eigh(const Tensor& a) {
-  const std::array<StableIValue, 2> stack = [&] {
-    std::array<StableIValue, 2> s{torch::stable::detail::from(a), torch::stable::detail::from(std::string("L"))};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_eigh", "", s.data(), TORCH_ABI_VERSION));
-    return s;
-  }();
+  const auto stack = dispatch("aten::linalg_eigh", "", a, std::string("L"));
   return {take(stack[0]), take(stack[1])};
 }
 // Cholesky factor L of the lower triangles, and LAPACK's info (N), int32: > 0 where there is none.

@@ -3,12 +3,12 @@
 //
 //   ritz_matrix     −H for the eigensolver (so that θ descends), rows of no vector set apart
 //   orthonormalizer M (p × (m + p)) with M [S; T] B-orthonormal and B-orthogonal to S
-//   judge           backward errors η, which pairs to expand by, and a report of REPORT numbers for the host
+//   judge           backward errors η, which pairs to expand by, and a report of kReportSize numbers for the host
 //
 // Layout      row-major, adjacent in the last dimension; one pencil after another by the strides given.
 // CPU         a pencil a unit. CUDA: one block of 128 threads a pencil, all in global memory.
 // Determinism every sum in a fixed order.
-// Reference   tests/solver/test_davidson.py.
+// Reference   tests/native/test_ritz.cpp, which holds both to the definitions below.
 #pragma once
 
 #include <atomic>

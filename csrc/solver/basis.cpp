@@ -26,9 +26,7 @@ Tensor spread(const Tensor& t, const Tensor& s, const Tensor& bs) {
 }  // namespace
 
 Basis::Basis(const Tensor& like, int64_t batch, int64_t n, int64_t capacity)
-    : n_(n),
-      capacity_(capacity),
-      h_(torch::stable::new_empty(like, {batch, capacity, capacity}, ScalarType::Double)),
+    : h_(torch::stable::new_empty(like, {batch, capacity, capacity}, ScalarType::Double)),
       valid_(torch::stable::new_zeros(like, {batch, capacity}, ScalarType::Double)),
       notes_(torch::stable::new_zeros(like, {batch, 2}, ScalarType::Double)),
       drop_(like.scalar_type() == ScalarType::Double ? kDropDouble : kDropFloat) {

@@ -14,7 +14,6 @@ class Basis {
 
   int64_t locked() const { return locked_; }
   int64_t size() const { return size_; }  // without the locked
-  int64_t capacity() const { return capacity_; }
 
   // Adds the rows T (N, p, n), made B-orthonormal to all vectors and each other: T ← M [S; T] with BT carried by the
   // same M, twice; then AT. Directions that vanish become zero rows, marked as no vectors.
@@ -27,7 +26,8 @@ class Basis {
   enum Part { kVectors, kA, kB };
   Tensor combine(Part part, const Tensor& coefficients) const;
 
-  // V ← `coefficients` V (c, m), orthonormal rows; H follows. Rows i with valid[:, i] = 0 are no vectors.
+  // V ← `coefficients` V, (N, c, m) of orthonormal rows, and H from `matrix` (N, m, m), the H of now. Rows i with
+  // valid[:, i] = 0 are no vectors.
   void restart(const Tensor& coefficients, const Tensor& valid, const Tensor& matrix);
   // The first `count` vectors of V, Ritz vectors after a restart, are locked.
   void lock(int64_t count);
@@ -40,9 +40,9 @@ class Basis {
   Tensor narrow_rows(Part part, int64_t first, int64_t count) const {
     return aten::slice(parts_[part], 1, first, count);
   }
-  int64_t n_, capacity_, locked_ = 0, size_ = 0;
+  int64_t locked_ = 0, size_ = 0;
   Tensor parts_[3];  // (N, capacity, n)
-  Tensor h_;         // (N, capacity, capacity) float64, lower triangle, of V alone
+  Tensor h_;         // (N, capacity, capacity) float64, its lower triangle, of V alone
   Tensor valid_, notes_;
   double drop_;
 };

@@ -99,15 +99,20 @@ Factor factorize(const Tensor& b, ScalarType dtype) {
 CholeskyInverse cholesky_inverse(const Tensor& b) {
   const int64_t batch = b.size(0), n = b.size(1);
   Factor made = factorize(b, ScalarType::Float);
+  const auto hardly_any = [&](int64_t i) {
+    return made.least[i] * made.least[i] < kSafe * made.most[i] * made.most[i];
+  };
   bool safe = true;
-  for (int64_t i = 0; i < batch; ++i) {
-    safe = safe && !made.failed[i] && made.least[i] * made.least[i] >= kSafe * made.most[i] * made.most[i];
+  for (int64_t i = 0; i < batch; ++i) safe = safe && !made.failed[i] && !hardly_any(i);
+  if (!safe) {
+    made = factorize(b, ScalarType::Double);
+    safe = true;  // unless a pencil that has a factor needs it in float64: those without one are solved no further
+    for (int64_t i = 0; i < batch; ++i) safe = safe && (made.failed[i] || !hardly_any(i));
   }
-  if (!safe) made = factorize(b, ScalarType::Double);
-  const auto& [factor, failed, least, most] = made;
+  const Tensor factor = safe ? to_dtype(made.factor, ScalarType::Float) : made.factor;
   CholeskyInverse found{nullptr, factor, std::vector<Definiteness>(batch, Definiteness::positive), safe};
   for (int64_t i = 0; i < batch; ++i) {
-    if (!failed[i]) continue;
+    if (!made.failed[i]) continue;
     const double total = to_host(aten::sum_over(aten::sum_over(aten::tril(slice(b, 0, i, 1)), -1), -1))[0];
     found.definiteness[i] = std::isfinite(total) ? Definiteness::indefinite : Definiteness::not_finite;
     const Tensor place = slice(factor, 0, i, 1);

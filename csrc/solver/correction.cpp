@@ -52,7 +52,7 @@ Tensor solve_correction(const OperatorPtr& a, const OperatorPtr& b, const Operat
   const ScalarType dtype = residual.scalar_type();
   const Projected projected(inverse, q, bq);
   Tensor g = projected.project(residual), z = projected.precondition(g);
-  if (steps == 0) return z;
+  const Tensor first = z;
   Tensor t = torch::stable::new_zeros(g, {g.size(0), g.size(1), g.size(2)}), d = z, rho = dots(g, z);
   const Tensor zero = torch::stable::new_zeros(rho, {1, 1, 1});
   const Tensor enough =
@@ -72,7 +72,7 @@ Tensor solve_correction(const OperatorPtr& a, const OperatorPtr& b, const Operat
     rho = next;
   }
   // A row without any step keeps the preconditioned residual.
-  return aten::where(aten::gt(dots(t, t), zero), t, projected.precondition(projected.project(residual)));
+  return aten::where(aten::gt(dots(t, t), zero), t, first);
 }
 
 }  // namespace sst

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
+#include <utility>
 
 #include "basis.h"
 #include "cholesky.h"
@@ -16,9 +18,9 @@ using aten::slice, aten::to_dtype;
 
 // Progress, in units of log η summed over the window, that counts as such; and by how many iterations it must come.
 constexpr double kLeastProgress = 0.5;
-constexpr int64_t kFreshDirections = 1;  // times that a stagnating pencil gets random directions before it ends
-constexpr double kLossy = 1e4;           // 1/pivot above which B is applied twice in an iteration
-constexpr double kAccepted = 10;         // times tol: a stagnated pencil is let go at once below this
+constexpr int64_t kRefreshes = 1;  // times that a stagnating pencil gets random directions before it ends
+constexpr double kLossy = 1e4;     // 1/pivot above which B is applied twice in an iteration
+constexpr double kAccepted = 10;   // times tol: a stagnated pencil is let go at once below this
 
 // A pencil proves hard when this many iterations did not solve it: then the correction equation is solved in steps,
 // and, later, K ≈ ηB − A takes the place of K ≈ B.
@@ -75,10 +77,10 @@ class Iteration {
       if (iteration == kVeryHard) shift(pairs);
       Tensor t = step.refresh ? fresh_rows(block) : correction(pairs, block, iteration < kHard ? 0 : options_.inner);
       if (step.lock > 0) {
-        restart(ritz, pairs, std::min(step.lock + options_.keep, basis_.size()), 0);
+        restart(ritz, std::min(step.lock + options_.keep, basis_.size()), 0);
         lock(pairs, step.lock);
       } else if (basis_.size() + block > options_.capacity) {
-        restart(ritz, pairs, std::min(options_.keep, basis_.size()), block);
+        restart(ritz, std::min(options_.keep, basis_.size()), block);
       }
       remember(ritz, pairs, block);
       if (2 * step.remaining <= active() && separable_) t = compact(t);
@@ -146,11 +148,12 @@ class Iteration {
         found_.certified[pencil.original] = iteration == 0;
       } else if (iteration >= options_.max_iterations) {
         finish(i, found ? Outcome::converged : Outcome::max_iterations);
-      } else if (stagnates(pencil, report) &&
-                 (found || report[kWorst] <= kAccepted * options_.tol || pencil.refreshed++ >= kFreshDirections)) {
+      } else if (const bool stuck = stagnates(pencil, report);
+                 stuck && (found || report[kWorst] <= kAccepted * options_.tol || pencil.refreshed == kRefreshes)) {
         finish(i, found ? Outcome::converged : Outcome::stagnated);
       } else {
-        step.refresh = step.refresh || (pencil.refreshed > 0 && pencil.waited == 0);
+        if (stuck) ++pencil.refreshed;
+        step.refresh = step.refresh || stuck;
         leading = std::min(leading, static_cast<int64_t>(report[kLeading]));
         step.block = std::max(step.block, static_cast<int64_t>(report[kUnconverged] + report[kGuard]));
         ++step.remaining;
@@ -184,38 +187,37 @@ class Iteration {
 
   // Puts the pencils that have just finished into `found_`.
   void store(const SmallEigen& ritz, const Pairs& pairs) {
-    const int64_t locked = basis_.locked(), count = std::min(returned_ - locked, basis_.size());
-    const Tensor x = basis_.combine(Basis::kVectors, slice(ritz.rows, 1, 0, count));
-    const int64_t judged = pairs.judgement.eta.size(1);
+    std::vector<int64_t> here, there;  // their places in this batch and in that of the call
     for (int64_t i = 0; i < active(); ++i) {
       if (!progress_[i].finished || progress_[i].original < 0) continue;
-      const auto put = [&](const Tensor& to, int64_t first, const Tensor& from, int64_t rows) {
-        if (rows == 0) return;
-        aten::copy_(slice(slice(to, 0, progress_[i].original, 1), 1, first, rows),
-                    slice(slice(from, 0, i, 1), 1, 0, rows));
-      };
-      put(found_.vectors, 0, basis_.locked_rows(Basis::kVectors), locked);
-      put(found_.vectors, locked, x, count);
-      // Where the basis holds too few, random ones: they are judged, and improved, as any others.
-      for (int64_t first = locked + count; first < returned_; first += fresh_.size(1)) {
-        const int64_t rows = std::min(fresh_.size(1), returned_ - first);
-        put(found_.vectors, first, fresh_rows(rows), rows);
-      }
-      if (locked > 0) {
-        put(found_.theta, 0, locked_theta_, locked);
-        put(found_.eta, 0, locked_eta_, locked);
-      }
-      put(found_.theta, locked, ritz.theta, count);
-      put(found_.eta, locked, pairs.judgement.eta, std::min(judged, count));
-      put(norms_, 0, running_norms_, 2);
-      progress_[i].original = -1;
+      here.push_back(i);
+      there.push_back(std::exchange(progress_[i].original, -1));
     }
+    const Tensor from = aten::index_tensor(here, norms_), to = aten::index_tensor(there, norms_);
+    // The rows [first, first + rows) of `whole` ← the first of `part`.
+    const auto put = [&](const Tensor& whole, int64_t first, const Tensor& part, int64_t rows) {
+      aten::put_rows(slice(whole, 1, first, rows), to, aten::index_select(slice(part, 1, 0, rows), 0, from));
+    };
+    const int64_t locked = basis_.locked(), count = std::min(returned_ - locked, basis_.size());
+    if (locked > 0) {
+      put(found_.vectors, 0, basis_.locked_rows(Basis::kVectors), locked);
+      put(found_.theta, 0, locked_theta_, locked);
+      put(found_.eta, 0, locked_eta_, locked);
+    }
+    put(found_.vectors, locked, basis_.combine(Basis::kVectors, slice(ritz.rows, 1, 0, count)), count);
+    put(found_.theta, locked, ritz.theta, count);
+    put(found_.eta, locked, pairs.judgement.eta, std::min(pairs.judgement.eta.size(1), count));
+    // Where the basis holds too few, random ones: they are judged, and improved, as any others.
+    for (int64_t first = locked + count; first < returned_; first += fresh_.size(1)) {
+      const int64_t rows = std::min(fresh_.size(1), returned_ - first);
+      put(found_.vectors, first, fresh_rows(rows), rows);
+    }
+    aten::put_rows(norms_, to, aten::index_select(running_norms_, 0, from));
   }
 
   // V ← the leading Ritz vectors and, of the block before, what lies outside of them (GD+k).
-  void restart(const SmallEigen& ritz, const Pairs& pairs, int64_t kept, int64_t block) {
+  void restart(const SmallEigen& ritz, int64_t kept, int64_t block) {
     Tensor coefficients = slice(ritz.rows, 1, 0, kept), valid = slice(ritz.valid, 1, 0, kept);
-    (void)pairs;
     if (block > 0 && previous_ && kept + previous_->size(1) + block <= options_.capacity) {
       const int64_t count = previous_->size(1), m = basis_.size();
       const Tensor zeros = torch::stable::new_zeros(*previous_, {active(), count, m - previous_->size(2)});
@@ -249,7 +251,10 @@ class Iteration {
 
   // Keeps the coefficients of the Ritz vectors that are expanded by, in terms of the basis as it is now.
   void remember(const SmallEigen& ritz, const Pairs& pairs, int64_t block) {
-    if (!std::exchange(restarted_, false)) previous_ = gather_rows(ritz.rows, pairs, block);
+    if (std::exchange(restarted_, false)) return;
+    // Rows that are no vectors become zero, lest a restart take them for directions.
+    const Tensor valid = gather_rows(aten::unsqueeze(ritz.valid, 2), pairs, block);
+    previous_ = aten::mul(gather_rows(ritz.rows, pairs, block), valid);
   }
 
   Tensor gather_rows(const Tensor& x, const Pairs& pairs, int64_t block) const {
@@ -270,6 +275,7 @@ class Iteration {
     Tensor t;
     if (steps == 0) {
       t = pencil_.inverse->apply(r);
+      counts_.inverse += block;
     } else {
       const Tensor theta = gather_rows(aten::unsqueeze(pairs.theta, 2), pairs, block);
       const int64_t locked = basis_.locked();
@@ -281,7 +287,6 @@ class Iteration {
       counts_.b += steps * block;
       counts_.inverse += steps * block + q.size(1);
     }
-    counts_.inverse += block;
     t = aten::finite_or_zero(t);
     return aten::add(t, aten::mul(fresh_rows(block), factors(pairs.judgement.refill)));
   }
@@ -299,14 +304,13 @@ class Iteration {
   // The pencils that are finished leave the batch.
   Tensor compact(const Tensor& t) {
     std::vector<Progress> rest;
-    const Tensor host = torch::stable::empty({active()}, ScalarType::Long);
-    auto* const kept = static_cast<int64_t*>(host.mutable_data_ptr());
+    std::vector<int64_t> kept;
     for (int64_t i = 0; i < active(); ++i) {
       if (progress_[i].finished) continue;
-      kept[rest.size()] = i;
+      kept.push_back(i);
       rest.push_back(progress_[i]);
     }
-    const Tensor index = aten::on_device_of(slice(host, 0, 0, static_cast<int64_t>(rest.size())), t);
+    const Tensor index = aten::index_tensor(kept, t);
     progress_ = std::move(rest);
     pencil_ = {pencil_.a->select(index), pencil_.b->select(index), pencil_.inverse->select(index)};
     basis_.select(index);

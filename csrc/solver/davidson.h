@@ -59,7 +59,8 @@ constexpr int64_t kReported = kReportSize + 2;  // a report, and the notes of th
 using Observer = std::function<void(const double* report, int64_t pencils)>;
 
 // From the rows `start` (N, p, n); `fresh` (N, q, n) are random rows for a pencil that stagnates. `norms` (N, 2),
-// estimates of ‖A‖ and ‖B‖ from below, grow. One host synchronisation an iteration.
+// estimates of ‖A‖ and ‖B‖ from below, grow. One host synchronisation an iteration, and one more where pencils finish;
+// torch's eigh adds its own on CUDA for more than `fused_eigh_limit` vectors.
 Found davidson(const Pencil& pencil, const Tensor& start, const Tensor& fresh, const Tensor& norms,
                const Options& options, Counts& counts, const Observer& observer);
 

@@ -10,9 +10,10 @@ namespace {
 
 using aten::matmul, aten::mul, aten::transposed, aten::to_dtype;
 
-// A tensor of batch 1 serves every pencil.
+// What serves every pencil, of batch 1 or expanded, is not copied.
 Tensor select_batch(const Tensor& x, const Tensor& index) {
-  return x.size(0) == 1 ? x : aten::index_select(x, 0, index);
+  if (x.size(0) == 1) return x;
+  return x.stride(0) == 0 ? aten::slice(x, 0, 0, index.size(0)) : aten::index_select(x, 0, index);
 }
 
 // An operator that is a list of tensors with a rule: `Derived` has a constructor from them, and apply.
@@ -217,7 +218,9 @@ OperatorPtr parse_operator(const std::vector<int64_t>& code, const std::vector<T
       return std::make_shared<Kronecker>(n1, n2, left, parse_operator(code, tensors, at));
     }
     case Code::sum: {
-      std::vector<OperatorPtr> terms(number());
+      const int64_t count = number();
+      if (count < 1) throw std::invalid_argument("_davidson: a sum of operators must have terms");
+      std::vector<OperatorPtr> terms(count);
       for (auto& term : terms) term = parse_operator(code, tensors, at);
       return std::make_shared<Sum>(std::move(terms));
     }

@@ -30,7 +30,7 @@ using OperatorPtr = std::shared_ptr<const Operator>;
 // AX and BX; for two dense operators in one pass over X.
 std::pair<Tensor, Tensor> apply_both(const Operator& a, const Operator& b, const Tensor& x);
 
-// How sst_kernels/davidson.py writes an operator down: a code, then its arguments, which are places in a list of
+// How sst_kernels/program.py writes an operator down: a code, then its arguments, which are places in a list of
 // tensors, counts, handles or operators.
 enum class Code : int64_t {
   dense,       // matrix (N, n, n), its lower triangle

@@ -37,16 +37,6 @@ Tensor norm_estimate(const Operator& op, Tensor x) {
   return torch::stable::amax(norm, -1, true);
 }
 
-}  // namespace
-
-Tensor index_tensor(const std::vector<int64_t>& values, const Tensor& like) {
-  const Tensor host = torch::stable::empty({static_cast<int64_t>(values.size())}, ScalarType::Long);
-  std::copy(values.begin(), values.end(), static_cast<int64_t*>(host.mutable_data_ptr()));
-  return aten::on_device_of(host, like);
-}
-
-namespace {
-
 // The float32 phase: the start of the phase in float64.
 Tensor solve_in_single(const Pencil& pencil, const Tensor& start, const Tensor& fresh, const Tensor& norms,
                        Options options, Counts& counts, const Observer& observer) {
@@ -69,16 +59,25 @@ Tensor solve_in_single(const Pencil& pencil, const Tensor& start, const Tensor& 
   return vectors;
 }
 
-// Puts what was found of the pencils `index` into the whole.
-void scatter(Solution& all, const Found& part, const std::vector<int64_t>& index) {
-  for (size_t i = 0; i < index.size(); ++i) {
-    const auto put = [&](const Tensor& to, const Tensor& from) {
-      aten::copy_(slice(to, 0, index[i], 1), slice(from, 0, static_cast<int64_t>(i), 1));
-    };
-    put(all.theta, part.theta);
-    put(all.vectors, part.vectors);
-    put(all.eta, part.eta);
+// From the second round on the start holds all k: nothing is locked, and each pair is judged. The last round only
+// judges what is there, from fresh products.
+Options options_of_round(Options options, int64_t round, bool last, int64_t iterations) {
+  if (round > 0) {
+    const int64_t locked = options.k - options.window;
+    options.window += locked;
+    options.keep += locked;
+    options.capacity += locked;
   }
+  options.max_iterations = last ? 0 : std::max<int64_t>(options.max_iterations - iterations, 0);
+  return options;
+}
+
+// max |VBVᵀ − I| (N) of the rows V.
+Tensor b_orthogonality(const Operator& b, const Tensor& v) {
+  const Tensor gram =
+      aten::matmul(to_dtype(b.apply(v), ScalarType::Double), aten::transposed(to_dtype(v, ScalarType::Double)));
+  const Tensor excess = aten::abs(aten::subtract(gram, aten::eye_like(gram, v.size(1))));
+  return torch::stable::amax(torch::stable::amax(excess, -1, false), -1, false);
 }
 
 }  // namespace
@@ -91,7 +90,12 @@ Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor
   const Tensor norms = aten::cat({norm_estimate(*pencil.a, few), norm_estimate(*pencil.b, few)}, 1);
   all.counts.a += few.size(1) * (kPowerSteps + 1);
   all.counts.b += few.size(1) * (kPowerSteps + 1);
-  Tensor start = warm ? rows : pencil.inverse->apply(pencil.a->apply(rows));
+  Tensor start = rows;
+  if (!warm) {
+    start = pencil.inverse->apply(pencil.a->apply(rows));
+    all.counts.a += rows.size(1);
+    all.counts.inverse += rows.size(1);
+  }
   if (mixed) start = solve_in_single(pencil, start, fresh, norms, options, all.counts, observer);
 
   std::vector<int64_t> todo(batch);
@@ -101,29 +105,19 @@ Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor
   bool last = false;
   for (int64_t round = 0; !todo.empty(); ++round) {
     const bool whole = static_cast<int64_t>(todo.size()) == batch;
-    const Tensor index = index_tensor(todo, rows);
+    const Tensor index = aten::index_tensor(todo, rows);
     const Pencil part = whole ? pencil : map(pencil, [&](const Operator& op) { return op.select(index); });
     const Tensor part_norms = whole ? norms : aten::index_select(norms, 0, index);
-    // The last round only judges what is there, from fresh products.
-    Options now = options;
-    if (round > 0) {  // the start holds all k: nothing is locked, and each pair is judged
-      const int64_t locked = options.k - options.window;
-      now.window += locked;
-      now.keep += locked;
-      now.capacity += locked;
-    }
-    now.max_iterations = last ? 0 : std::max<int64_t>(options.max_iterations - all.counts.iterations, 0);
-    if (last) {  // all wanted pairs at once
-      const int64_t more = options.k - options.window;
-      now.window += more, now.keep += more, now.capacity += more;
-    }
+    const Options now = options_of_round(options, round, last, all.counts.iterations);
     const Found found = davidson(part, start, fresh, part_norms, now, all.counts, observer);
     if (round == 0) {
       all.theta = torch::stable::new_zeros(found.theta, {batch, found.theta.size(1)});
       all.vectors = torch::stable::new_zeros(found.vectors, {batch, found.vectors.size(1), found.vectors.size(2)});
       all.eta = torch::stable::new_zeros(found.eta, {batch, found.eta.size(1)});
     }
-    scatter(all, found, todo);
+    aten::put_rows(all.theta, index, found.theta);
+    aten::put_rows(all.vectors, index, found.vectors);
+    aten::put_rows(all.eta, index, found.eta);
     std::vector<int64_t> rest;
     bool hopeful = false;
     for (size_t i = 0; i < todo.size(); ++i) {
@@ -136,14 +130,10 @@ Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor
     }
     last = round + 1 >= kRounds || !hopeful || all.counts.iterations >= options.max_iterations;
     if (rest.empty() || pencil.separable()) todo = std::move(rest);
-    if (!todo.empty()) start = aten::index_select(all.vectors, 0, index_tensor(todo, rows));
+    if (!todo.empty()) start = aten::index_select(all.vectors, 0, aten::index_tensor(todo, rows));
   }
   const int64_t k = std::min(options.k, all.vectors.size(1));
-  const Tensor v = slice(all.vectors, 1, 0, k);
-  const Tensor gram =
-      aten::matmul(to_dtype(pencil.b->apply(v), ScalarType::Double), aten::transposed(to_dtype(v, ScalarType::Double)));
-  const Tensor excess = aten::abs(aten::subtract(gram, aten::eye_like(gram, k)));
-  all.b_orthogonality = torch::stable::amax(torch::stable::amax(excess, -1, false), -1, false);
+  all.b_orthogonality = b_orthogonality(*pencil.b, slice(all.vectors, 1, 0, k));
   all.counts.b += k;
   return all;
 }

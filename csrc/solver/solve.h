@@ -21,7 +21,4 @@ struct Solution {
 Solution solve(const Pencil& pencil, const Tensor& rows, bool warm, const Tensor& fresh, const Options& options,
                bool mixed, const Observer& observer);
 
-// Places in a batch, int64, on the device of `like`.
-Tensor index_tensor(const std::vector<int64_t>& values, const Tensor& like);
-
 }  // namespace sst

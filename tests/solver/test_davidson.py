@@ -12,7 +12,7 @@ from torch import Tensor
 from sst_kernels.davidson import DavidsonOptions, davidson
 from sst_kernels.operators import Dense, Diagonal, Kronecker
 from sst_kernels.pencil import Pencil
-from sst_kernels.result import EigenResult, Status
+from sst_kernels.result import EigenResult, Spectrum, Status
 from sst_kernels.solve import solve
 from sst_kernels.structured import EKFAC, FunctionOperator, Gram, LowRankPlusDiagonal
 
@@ -355,3 +355,26 @@ def test_scales(scale, diagonal):
     result = solve(Pencil(pencil.A.matrix * scale, b), 4, method="davidson")
     assert result.status.item() & ~Status.VERIFIED == Status.CONVERGED
     torch.testing.assert_close(result.values, expected * scale**2, rtol=1e-11, atol=0)
+
+
+def spectrum(pencil: Pencil, k: int, **options: int) -> Spectrum:
+    return davidson(pencil, k, pencil.tolerance, 0, DavidsonOptions(**options))
+
+
+def test_an_indefinite_b_leaves_its_batch_in_float32():
+    good = power_law()
+    b = torch.stack([good.B.to_dense(), -good.B.to_dense()])
+    found = spectrum(Pencil(good.A.to_dense().expand_as(b), b), 4)
+    # certificates of the pencil itself, not of L⁻¹AL⁻ᵀ in float64
+    assert found.errors is not None and found.status.tolist() == [0, int(Status.NOT_POSITIVE_DEFINITE)]
+    torch.testing.assert_close(found.values[0, :4], spectrum(good, 4).values[:4], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("n", [3, 9])
+def test_no_values_beyond_the_order(n):
+    assert spectrum(power_law(n), n).values.shape == (n,)
+
+
+def test_products_of_the_start_are_counted():
+    counts = spectrum(power_law(), 5, max_iterations=0).counts
+    assert counts.iterations == 0 and counts.preconditioner_products == 6
