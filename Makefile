@@ -18,7 +18,7 @@ help:
 	@echo "make build   compile (CUDA too where nvcc is found) and install in editable mode"
 	@echo "make test    run all tests"
 	@echo "make lint    check style: ruff, clang-format"
-	@echo "make bench   run the kernels' benchmarks"
+	@echo "make bench   run the kernels' benchmarks; those of solve, longer, by bench/eigensolver.py"
 	@echo "make demo    train a small model, merge it by every method, measure, report in demo-out"
 	@echo "make clean   remove what the others made"
 
