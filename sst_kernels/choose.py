@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from .dense import fused_can, fused_is_slow, subset_can
-from .operators import Dense, Diagonal, Kronecker, Operator
+from .operators import Dense, Diagonal, Kronecker
 from .pencil import Pencil
 from .preconditioners import has_inverse
 from .simplify import simplified
@@ -110,18 +109,9 @@ def _subset_pays(pencil: Pencil, k: int) -> bool:
     return pencil.device.type == "cpu" and 4 * k <= pencil.n <= _SUBSET_UP_TO
 
 
-def _operators(op: Operator) -> Iterator[Operator]:
-    """An operator and its parts."""
-    yield op
-    for value in vars(op).values():
-        for part in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(part, Operator):
-                yield from _operators(part)
-
-
 def _tensors(pencil: Pencil) -> list[Tensor]:
     """What A and B are made of."""
-    parts = (op for side in (pencil.A, pencil.B) for op in _operators(side))
+    parts = (op for side in (pencil.A, pencil.B) for op in side.parts())
     return [x for op in parts for x in vars(op).values() if isinstance(x, Tensor)]
 
 
@@ -130,4 +120,4 @@ def _wants_gradient(pencil: Pencil) -> bool:
 
 
 def _calls_python(pencil: Pencil) -> bool:
-    return any(isinstance(op, FunctionOperator) for side in (pencil.A, pencil.B) for op in _operators(side))
+    return any(isinstance(op, FunctionOperator) for side in (pencil.A, pencil.B) for op in side.parts())

@@ -8,14 +8,16 @@ Conventions: an operator stands for matrices of shape (..., n, n); `A @ X` takes
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .checks import check_batches, check_entries, check_matrix
-from .scaling import even_exponent, peak, scale_by_power
+from .scaling import even_exponent, peak, scale_by_power, start_block
 
+_PROBES = 4  # columns that `Operator.asymmetry` multiplies
 _POWER_STEPS = 4  # of Dense.norm: each costs one product, and the estimate only grows
 
 
@@ -105,6 +107,21 @@ class Operator(ABC):
         """Σ_i a_ii, shape (...,)."""
         return self.diagonal().sum(-1)
 
+    def parts(self) -> Iterator[Operator]:
+        """This operator, and those it is made of, theirs included."""
+        yield self
+        for value in vars(self).values():
+            for part in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(part, Operator):
+                    yield from part.parts()
+
+    def asymmetry(self) -> Tensor:
+        """Max |XᴴAX − (XᴴAX)ᴴ| / max |X|ᴴ|AX| (...,) for four random columns X: rounding if A is Hermitian."""
+        x = start_block(self, _PROBES)
+        y = self @ x
+        product = x.mH @ y
+        return _share((product - product.mH).abs(), x.abs().mH @ y.abs())
+
 
 @dataclass(frozen=True, eq=False)
 class Dense(Operator):
@@ -163,6 +180,10 @@ class Dense(Operator):
     def apply_cost(self, columns: int = 1) -> int:
         """2n² a column."""
         return 2 * self.n**2 * columns
+
+    def asymmetry(self) -> Tensor:
+        """Max |M − Mᴴ| / max |M| of the matrix as it is stored, (...,)."""
+        return _share((self.matrix - self.matrix.mH).abs(), self.matrix.abs())
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,6 +327,12 @@ def kronecker_product(left: Operator | Tensor, right: Operator | Tensor, x: Tens
     y = y.unflatten(-1, (n2, m)).transpose(-3, -2).flatten(-2)
     z = right @ y
     return z.unflatten(-1, (n1, m)).transpose(-3, -2).flatten(-3, -2)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Largest entry of `part` by that of `whole`, (...,); 0 where `whole` is zero or empty."""
+    part, whole = (peak(x, (-2, -1)) for x in (part, whole))
+    return torch.where(whole == 0, 0.0, part / whole)
 
 
 def as_operator(value: Operator | Tensor, name: str) -> Operator:

@@ -17,8 +17,8 @@ from .scaling import scale_by_power
 class Pencil:
     """A v = λ B v with A Hermitian and B Hermitian positive definite, batched.
 
-    Neither is checked: A and B are used through their lower triangles, and a B that is not
-    positive definite is reported by `solve` in the status of its pencil.
+    Neither is checked: stored matrices are used through their lower triangles (`check_hermitian` looks at the
+    upper ones), and a B that is not positive definite is reported by `solve` in the status of its pencil.
 
     Attributes:
         A: operator of shape (..., n, n); a tensor means Dense.
@@ -55,6 +55,29 @@ class Pencil:
         """Matrices A and B, each (..., n, n) in the batch shape of the pencil."""
         shape = (*self.batch_shape, self.n, self.n)
         return self.A.to_dense().expand(shape), self.B.to_dense().expand(shape)
+
+    @torch.no_grad()
+    def check_hermitian(self) -> None:
+        """Refuse operators with a part that is not Hermitian to rounding, which `solve` does not look for.
+
+        Stored matrices are compared with their adjoints, n² operations; callables and the rest are
+        judged by products with four random columns. NaN is left to `solve`.
+
+        Raises:
+            ValueError: if max |M − Mᴴ| exceeds 10n·eps of max |M|.
+        """
+        limit = 10 * self.n * torch.finfo(self.dtype).eps
+        for name, operator in (("A", self.A), ("B", self.B)):
+            for part in operator.parts():
+                asymmetry = part.asymmetry()
+                bad = (asymmetry > limit).nonzero().tolist()
+                if bad:
+                    where = f" {tuple(bad[0])}" if bad[0] else ""
+                    raise ValueError(
+                        f"Pencil: {name} must be Hermitian, got max |M - Mᴴ| = {asymmetry[tuple(bad[0])]:.1e} max |M| "
+                        f"in its {type(part).__name__}{where}, with {limit:.1e} for rounding; take 0.5 * (M + M.mH), "
+                        "or nothing if the lower triangle of a stored matrix is what you mean"
+                    )
 
     @torch.no_grad()
     def backward_errors(self, values: Tensor, vectors: Tensor) -> Tensor:

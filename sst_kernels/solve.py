@@ -41,9 +41,9 @@ def solve(
     | "diagonal"  | both Diagonal                                 | a_i / b_i                    |
     | "kronecker" | both Kronecker, their factors of equal orders | products of λ of the factors |
     |             | both EKFAC, of one eigenbasis (same tensors)  | ratios of their eigenvalues  |
-    | "gram"      | A = JᴴJ/N, 0 < N < n, B of those `inverse` takes  | eigh of J B⁻¹ Jᴴ / N         |
+    | "gram"      | A = JᴴJ/N, N < n, B of those `inverse` takes  | eigh of J B⁻¹ Jᴴ / N         |
     | "fused"     | real, no gradient wanted; A and B are formed  | all pairs, by `fused_eigh`   |
-    | "subset"    | the same, on the CPU                          | k pairs of a tridiagonal T    |
+    | "subset"    | the same, on the CPU                          | k pairs of a tridiagonal T   |
     | "dense"     | any; A and B are formed                       | Cholesky, then eigh          |
     | "davidson"  | real, no gradient wanted                      | block Jacobi–Davidson        |
     | "auto"      | any                                           | the fastest of these         |
@@ -51,8 +51,7 @@ def solve(
     "fused" takes orders up to what `fused_eigh_limit` says. Pencils for which "subset" cannot say that its pairs are
     good and none is missed (faults, clusters at k, entries beyond 1e±50) are solved by "fused" or "dense".
     "davidson" iterates: its pairs hold to `tol`, and one may be missed unless the status says VERIFIED. Before it,
-    a B that is a Kronecker product, damped
-    or not, beside an A of such terms, is made diagonal.
+    a B that is a Kronecker product, damped or not, beside an A of such terms, is made diagonal.
 
     Gradients flow to the entries of A and B (to the lower triangle, where matrices are read) by
     way of `torch.linalg.eigh`: they hold for distinct eigenvalues and are NaN or infinite for
@@ -66,7 +65,8 @@ def solve(
         seed: of the start vectors of "davidson"; the direct methods draw none.
         options: of "davidson"; see `DavidsonOptions`.
         verify: whether to count the eigenvalues above λ_k by the inertia of A − tB, which forms A and B and
-            takes n³/3 flops. None: where A and B are dense and n <= 512.
+            takes n³/3 flops. None: after "davidson", where A and B are dense and n <= 512; the direct methods
+            find out on their own.
 
     Returns:
         Values, vectors, certificates and a status for each pencil. Cost: dense 14n³ flops; subset 4n³ + 8n²k; gram

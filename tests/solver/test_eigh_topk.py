@@ -241,6 +241,12 @@ EYE = torch.eye(3)
         (lambda: eigh_topk(EYE.half(), EYE.half(), 1), TypeError, r"must be float32"),
         (lambda: eigh_topk(EYE, EYE, 1, method="magic"), ValueError, r"method must be one of"),
         (lambda: eigh_topk(EYE, EYE, 1, tol=-1.0), ValueError, r"tol must be positive"),
+        (lambda: eigh_topk(EYE, EYE.to("meta"), 1), ValueError, r"must be on one device, got cpu and meta"),
+        (lambda: OP.eigh_topk(EYE.to("meta"), EYE, 1), ValueError, r"must be on one device, got meta and cpu"),
+        (lambda: eigh_topk(EYE.to("meta"), EYE.to("meta"), 4), ValueError, r"k must be in 1\.\.n with n = 3"),
+        (lambda: eigh_topk(EYE, EYE, 1.0), TypeError, r"k must be an int, got float"),
+        (lambda: eigh_topk([[1.0]], EYE, 1), TypeError, r"eigh_topk: a must be a torch\.Tensor, got list"),
+        (lambda: eigh_topk(EYE, EYE.to_sparse(), 1), TypeError, r"b must be strided, got torch\.sparse_coo"),
     ],
 )
 def test_arguments_are_checked(call: Callable[[], None], error: type[Exception], match: str) -> None:

@@ -243,3 +243,9 @@ def test_gradients(order):
 
     check = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
     assert check(outputs, parts, **({} if order == 1 else {"atol": 1e-3, "rtol": 1e-4}))
+
+
+def test_no_rows():
+    result = solve(Pencil(Gram(torch.zeros(0, 6)), 2 * torch.eye(6)), 2)
+    assert result.values.tolist() == [0, 0]
+    assert result.status == Status.CONVERGED | Status.CLUSTER_AT_K

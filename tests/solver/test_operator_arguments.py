@@ -51,6 +51,9 @@ def callable_returning(y: object) -> FunctionOperator:
         (lambda: Sum([E3, None]), TypeError, r"Sum: terms\[1\] must be a torch\.Tensor or an Operator"),
         (lambda: FunctionOperator(E3, (3, 3), F64), TypeError, r"function must be callable, got Tensor"),
         (lambda: FunctionOperator(abs, (3, 2), F64), ValueError, r"shape must be \(\.\.\., n, n\), got \(3, 2\)"),
+        (lambda: FunctionOperator(abs, 3, F64), ValueError, r"shape must be \(\.\.\., n, n\), got 3"),
+        (lambda: Dense(E3.to_sparse()), TypeError, r"matrix must be strided, got torch\.sparse_coo; convert with"),
+        (lambda: Diagonal(E3[0].to_sparse()), TypeError, r"entries must be strided"),
         (lambda: FunctionOperator(abs, (3, 3), torch.half), TypeError, r"dtype must be float32.*float16"),
         (
             lambda: FunctionOperator(abs, (3, 3), F64, "cpu", torch.ones(2, dtype=F64)),

@@ -9,6 +9,7 @@ import torch
 
 from sst_kernels.operators import Diagonal, Kronecker
 from sst_kernels.pencil import Pencil
+from sst_kernels.structured import FunctionOperator, LowRankPlusDiagonal
 
 DTYPES = [np.float32, np.float64, np.complex64, np.complex128]
 
@@ -61,6 +62,38 @@ def test_count_above_between_all_eigenvalues(random_pencil, dtype, n):
     batch = Pencil(torch.from_numpy(a).expand(n + 1, n, n), torch.from_numpy(b))
     counts = batch.count_above(torch.from_numpy(between))
     assert counts.tolist() == list(range(n, -1, -1))
+
+
+def test_count_above_a_number(random_pencil):
+    a, b = (torch.from_numpy(x) for x in random_pencil(9))
+    middle = float(scipy.linalg.eigvalsh(a, b)[5:7].mean())
+    a, b = torch.stack([a, -a]), b.expand(2, 9, 9)
+    pencil = Pencil(a, b)
+    assert pencil.count_above(middle)[0] == 3
+    assert torch.equal(pencil.count_above(middle), pencil.count_above(torch.full((2,), middle)))
+    with pytest.raises(ValueError, match=r"count_above: batch dimensions of t and operator must broadcast"):
+        pencil.count_above(torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+def test_what_is_not_hermitian_is_found_on_request(random_pencil, dtype):
+    a, b = (torch.from_numpy(x).to(dtype).repeat(2, 3, 1, 1) for x in random_pencil(40))
+    rounded = a * (1 + torch.finfo(dtype).eps * torch.rand(a.shape, dtype=dtype.to_real()).tril())
+    for fine in (Pencil(rounded, b), Pencil(Kronecker(a, b)), Pencil(FunctionOperator(a.matmul, a.shape, dtype), b)):
+        fine.check_hermitian()
+    Pencil(0 * a, b * torch.nan).check_hermitian()  # solve says what is wrong with these
+    skew = b.clone()
+    skew[1, 2, 0, 7] += 1e-3
+    with pytest.raises(ValueError, match=r"B must be Hermitian, got max \|M - Mᴴ\| = .* in its Dense \(1, 2\), with"):
+        Pencil(a, skew).check_hermitian()
+    core = torch.tensor([[1.0, 0.5], [0.0, 1.0]], dtype=dtype)
+    for operator, part in (
+        (Kronecker(a, skew), "Dense"),
+        (FunctionOperator(skew.matmul, skew.shape, dtype), "FunctionOperator"),
+        (LowRankPlusDiagonal(b[0, 0, :, :2], b[0, 0].diagonal(), core), "LowRankPlusDiagonal"),
+    ):
+        with pytest.raises(ValueError, match=f"A must be Hermitian.* in its {part}"):
+            Pencil(operator).check_hermitian()
 
 
 def test_identity_is_the_default():

@@ -457,6 +457,8 @@ def test_counts_are_the_products_of_the_certificate(random_pencil):
         ({"method": "diagonal"}, ValueError, r"'diagonal' does not fit A and B, which are Dense"),
         ({"tol": 0.0}, ValueError, r"tol must be positive and finite, got 0\.0"),
         ({"tol": float("nan")}, ValueError, r"tol must be positive and finite, got nan"),
+        ({"pencil": Pencil(torch.eye(2, device="meta"))}, ValueError, r"on device meta, where nothing can be computed"),
+        ({"options": {"block": 4}}, TypeError, r"options must be a DavidsonOptions, got dict"),
         ({"pencil": torch.eye(2)}, TypeError, r"pencil must be a Pencil, got Tensor; write Pencil"),
     ],
 )
@@ -464,6 +466,12 @@ def test_arguments_are_checked(arguments, error, match):
     given = {"pencil": Pencil(torch.eye(2), torch.eye(2)), "k": 1} | arguments
     with pytest.raises(error, match=match):
         solve(given.pop("pencil"), given.pop("k"), **given)
+
+
+def test_k_may_be_a_numpy_integer(random_pencil):
+    pencil = Pencil(*(torch.from_numpy(x) for x in random_pencil(5)))
+    for method in ("fused", "dense", "davidson"):
+        assert solve(pencil, np.int64(2), method=method).values.shape == (2,)
 
 
 def test_order_zero_has_no_valid_k():
