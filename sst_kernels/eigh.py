@@ -65,7 +65,7 @@ def eigh(
 
     Returns:
         w (..., m), real, and v (..., n, m), or w alone: tensors on the device of `a`, or numpy
-        arrays. About 13n³ flops and eight n² matrices a pencil; w alone a third of it, unless a
+        arrays. About 13n³ flops and nine n² matrices a pencil; w alone a third of it, unless a
         derivative is asked for; a gradient 8n³ more.
 
     Raises:
