@@ -326,3 +326,29 @@ def test_gradients_are_refused_not_dropped():
 def test_complex_pencils_are_refused():
     with pytest.raises(ValueError, match="complex128"):
         solve(Pencil(torch.eye(20, dtype=torch.complex128)), 3, method="davidson")
+
+
+def test_preconditioner_of_more_matrices_than_the_pencil():
+    options = DavidsonOptions(preconditioner=Diagonal(torch.ones(3, N, dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"preconditioner must be \(240, 240\) .* got \(3, 240, 240\)"):
+        solve(power_law(), 3, method="davidson", options=options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"block": 2.5}, r"block must be an int, got 2\.5"),
+        ({"max_iterations": "9"}, r"max_iterations must be an int, got '9'"),
+        ({"start": np.zeros((N, 2))}, r"start must be a torch\.Tensor, got ndarray"),
+        ({"preconditioner": np.eye(N)}, r"preconditioner must be a torch\.Tensor or an Operator, got ndarray"),
+    ],
+)
+def test_options_of_other_types(options, match):
+    with pytest.raises(TypeError, match=f"DavidsonOptions: {match}"):
+        solve(power_law(), 3, method="davidson", options=DavidsonOptions(**options))
+
+
+def test_preconditioner_as_a_matrix():
+    pencil = power_law()
+    options = DavidsonOptions(preconditioner=torch.linalg.inv(pencil.B.to_dense()))
+    check(solve(pencil, 3, method="davidson", options=options), pencil)
