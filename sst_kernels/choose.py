@@ -99,7 +99,7 @@ def _fastest(pencil: Pencil, k: int) -> str:
 def _iteration_pays(pencil: Pencil, k: int) -> bool:
     """Whether iterating beats the direct methods, as measured by bench/eigensolver.py."""
     dense = isinstance(pencil.A, Dense) and isinstance(pencil.B, Dense)
-    share = 64 if dense and pencil.device.type == "cpu" and pencil.n <= _SUBSET_UP_TO else 16
+    share = 32 if dense and pencil.device.type == "cpu" and pencil.n <= _SUBSET_UP_TO else 16
     return pencil.n >= (1024 if dense else 512) and share * k <= pencil.n
 
 

@@ -16,6 +16,8 @@ from .program import Program
 from .result import Counts, Spectrum, Status
 from .scaling import scale_by_power
 
+# Most pairs that are sought at once, on the CPU and on CUDA, where the search space must fit into shared memory.
+_WINDOWS = 256, 48
 _NEAR_ONE = 2.0**30  # a dense matrix whose diagonal peaks within this of 1 is iterated with as it is
 _GUARD = 1e-8  # backward error (or 20 tol) that the pair after the k-th must meet, for a cluster to be seen
 
@@ -48,7 +50,7 @@ class DavidsonOptions:
     start: Tensor | None = None
     preconditioner: Operator | Tensor | None = None
 
-    def sizes(self, k: int) -> tuple[int, int, int, int]:
+    def sizes(self, k: int, most: int = 48) -> tuple[int, int, int, int]:
         """Sizes for k wanted pairs.
 
         Returns:
@@ -61,8 +63,8 @@ class DavidsonOptions:
         for name in ("block", "window", "keep", "capacity", "max_iterations", "inner_steps"):
             if not isinstance(getattr(self, name), int | None):
                 raise TypeError(f"DavidsonOptions: {name} must be an int, got {getattr(self, name)!r}")
-        window = min(k, 48 if self.window is None else self.window)
-        block = min(max(k, 4), 16) if self.block is None else self.block
+        window = min(k, most if self.window is None else self.window)
+        block = min(max(k, 4), max(16, min(window // 4, 64))) if self.block is None else self.block
         keep = window + min(max(window, 4), 16) if self.keep is None else self.keep
         capacity = keep + 3 * block if self.capacity is None else self.capacity
         if not (window >= 1 and block >= 1 and keep > window and capacity >= keep + 2 * block):
@@ -106,7 +108,7 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
             f"solve: method 'davidson' must have float32 or float64, got {pencil.dtype}; use method='dense'"
         )
     n, shape = pencil.n, pencil.batch_shape
-    block, window, keep, capacity = options.sizes(k)
+    block, window, keep, capacity = options.sizes(k, _WINDOWS[pencil.device.type == "cuda"])
     (a, a_exponent), (b, b_exponent) = _near_one(pencil.A), _near_one(pencil.B)
     warm = options.start is not None
     program = Program(shape)
@@ -156,6 +158,30 @@ def _run(
             if error is None:
                 raise
             raise error from None
+
+
+@torch.library.register_fake("sst_kernels::_davidson")
+def _(
+    tensors: list[Tensor],
+    a: list[int],
+    b: list[int],
+    inverse: list[int],
+    rows: Tensor,
+    fresh: Tensor,
+    options: list[int],
+    tolerances: list[float],
+) -> list[Tensor]:
+    batch, _, n = rows.shape
+    count = min(options[0] + max(options[2] - options[4], 1), n)  # k, and the guards that a restart keeps
+    wide, host = rows.new_empty, torch.empty
+    iterations = torch.library.get_ctx().new_dynamic_size()
+    return [
+        wide((batch, count), dtype=torch.float64),
+        wide((batch, count, n)),
+        wide((batch, count), dtype=torch.float64),
+        wide((batch,), dtype=torch.float64),
+        *(host(shape, dtype=torch.float64) for shape in ((batch, 2), (5,), (iterations, 3))),
+    ]
 
 
 def _near_one(op: Operator) -> tuple[Operator, Tensor]:

@@ -72,6 +72,13 @@ def subset(pencil: Pencil, k: int, tol: float) -> EigenResult:
     return EigenResult(values[..., :k], vectors, errors, orthogonality, status, "subset", Counts(k, k, 0, 0))
 
 
+@torch.library.register_fake("sst_kernels::_leading_eigh")
+def _(A: Tensor, B: Tensor, k: int, tol: float) -> tuple[Tensor, ...]:
+    batch, n = A.shape[:-2], A.shape[-1]
+    shapes = (min(k + 1, n),), (n, k), (k,), ()
+    return *(A.new_empty((*batch, *shape)) for shape in shapes), A.new_empty(batch, dtype=torch.int64)
+
+
 def _largest(pencil: Pencil, k: int, *, fused: bool) -> Spectrum:
     """The k largest pairs of the whole spectrum, refined, and counted where that is cheap."""
     n, batch = pencil.n, pencil.batch_shape

@@ -148,3 +148,8 @@ def _apply(x: Tensor, handle: int) -> Tensor:
 
 
 _library.impl("_apply", _apply, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sst_kernels::_apply", lib=_library)
+def _(x: Tensor, handle: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -51,11 +51,12 @@ struct Orthonormalizer {
 enum Report { kLeading, kUnconverged, kWorst, kProgress, kGuard, kGuardError, kBroken, kReportSize };
 
 // η_i = ‖r_i‖ / ((‖A‖ + |θ_i| ‖B‖) ‖x_i‖) for the first w pairs, from the squared norms ‖r‖², ‖Ax‖², ‖Bx‖², ‖x‖²; the
-// largest ‖Ax‖/‖x‖, ‖Bx‖/‖x‖ are kept in `norms`. chosen: first the pairs of the window with η > tol and the first guard
-// while η > guard_tol, or while η > tol and its θ may yet reach that of the last of the window; then guards, then the rest.
-// No guard is needed if guard_tol is infinite. scale: 1/‖r‖ of the chosen, 0 where r = 0, and then refill is 1. Report:
-// leading pairs with η <= tol, unconverged ones of the window, the largest η, Σ log(max(η, tol)) of the window, whether the
-// guard is still needed, how far its θ may be from λ (‖r‖ ‖x‖; 0 if it is not needed), whether anything is not finite.
+// largest ‖Ax‖/‖x‖, ‖Bx‖/‖x‖ are kept in `norms`. chosen: first the pairs of the window with η > tol and the first
+// guard while η > guard_tol, or while η > tol and its θ may yet reach that of the last of the window; then guards, then
+// the rest. No guard is needed if guard_tol is infinite. scale: 1/‖r‖ of the chosen, 0 where r = 0, and then refill
+// is 1. Report: leading pairs with η <= tol, unconverged ones of the window, the largest η, Σ log(max(η, tol)) of the
+// window, whether the guard is still needed, how far its θ may be from λ (‖r‖ ‖x‖; 0 if it is not needed), whether
+// anything is not finite.
 struct Judge {
   int64_t batch, w, window, p;
   const double* theta;  // (batch, w), stride theta_batch

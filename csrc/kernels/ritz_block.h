@@ -178,7 +178,8 @@ SST_DEVICE void judge(Block& block, const Judge& args, int64_t pencil) {
     for (int64_t i = t; i < w; i += kThreads) {
       const double size = (norms[0] + std::fabs(theta[i]) * norms[1]) * std::sqrt(squares[4 * i + 3]);
       const double residual = std::sqrt(squares[4 * i]);
-      // A row of no vector counts as far from converged, but for products that are not finite; 0/0 is the residual of A = 0.
+      // A row of no vector counts as far from converged, but for products that are not finite; 0/0 is the residual of A
+      // = 0.
       eta[i] = squares[4 * i + 3] == 0 && is_finite(residual) ? 1 : residual == 0 ? 0 : residual / size;
     }
   });

@@ -22,8 +22,8 @@ constexpr int64_t kRefreshes = 1;  // times that a stagnating pencil gets random
 constexpr double kLossy = 1e4;     // 1/pivot above which B is applied twice in an iteration
 constexpr double kAccepted = 10;   // times tol: a stagnated pencil is let go at once below this
 
-// A pencil proves hard when this many iterations did not solve it: then the correction equation is solved in steps,
-// and, later, K ≈ ηB − A takes the place of K ≈ B.
+// A pencil proves hard when this many iterations for each block of wanted pairs did not solve it: then the correction
+// equation is solved in steps, and, later, K ≈ ηB − A takes the place of K ≈ B.
 constexpr int64_t kHard = 16, kVeryHard = 32;
 
 // What the host knows of a pencil that is still in the batch.
@@ -62,6 +62,7 @@ class Iteration {
   }
 
   Found run() {
+    const int64_t blocks = (options_.window + options_.block - 1) / options_.block;
     for (int64_t iteration = 0;; ++iteration) {
       const SmallEigen ritz = basis_.rayleigh_ritz();
       const Pairs pairs = residuals(ritz);
@@ -74,8 +75,9 @@ class Iteration {
       if (step.remaining == 0) return std::move(found_);
       // Where all that is sought has converged, but cannot be locked yet, the pairs that come next.
       const int64_t block = step.block > 0 ? std::min(options_.block, step.block) : pairs.judgement.chosen.size(1);
-      if (iteration == kVeryHard) shift(pairs);
-      Tensor t = step.refresh ? fresh_rows(block) : correction(pairs, block, iteration < kHard ? 0 : options_.inner);
+      if (iteration == kVeryHard * blocks) shift(pairs);
+      Tensor t =
+          step.refresh ? fresh_rows(block) : correction(pairs, block, iteration < kHard * blocks ? 0 : options_.inner);
       if (step.lock > 0) {
         restart(ritz, std::min(step.lock + options_.keep, basis_.size()), 0);
         lock(pairs, step.lock);
