@@ -34,7 +34,7 @@ def eigh_topk(
 
     Args:
         a: (..., n, n) Hermitian, of which the lower triangle is read. float32, float64, complex64,
-            complex128.
+            complex128; integers are promoted to float64.
         b: (..., n, n) Hermitian positive definite, likewise; batch dimensions broadcast.
         k: number of pairs, 1 <= k <= n.
         tol: as in `solve`.
@@ -67,8 +67,8 @@ def _fake(
     pencil = Pencil(a, b)  # also what refuses one tensor on meta, which brings its call here
     check_count(k, pencil.n)
     batch, n = pencil.batch_shape, pencil.n
-    values = a.new_empty(*batch, k, dtype=a.real.dtype)
-    return values, a.new_empty(*batch, n, k), a.new_empty(batch, dtype=torch.int64)
+    vectors = a.new_empty(*batch, n, k, dtype=pencil.dtype)
+    return vectors.real.new_empty(*batch, k), vectors, a.new_empty(batch, dtype=torch.int64)
 
 
 def _clean(inputs: tuple, outputs: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:

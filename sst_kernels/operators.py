@@ -336,7 +336,7 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def as_operator(value: Operator | Tensor, name: str) -> Operator:
-    """`value` itself if it is an operator, Dense(value) if it is a tensor.
+    """`value` itself if it is an operator, Dense(value) if it is a tensor, integers promoted to float64.
 
     Returns:
         An operator.
@@ -347,7 +347,7 @@ def as_operator(value: Operator | Tensor, name: str) -> Operator:
     if isinstance(value, Operator):
         return value
     if isinstance(value, Tensor):
-        return Dense(value)
+        return Dense(value if value.is_floating_point() or value.is_complex() else value.double())
     raise TypeError(
         f"{name} must be a torch.Tensor or an Operator, got {type(value).__name__}; convert with torch.as_tensor"
     )

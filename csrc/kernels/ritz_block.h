@@ -51,8 +51,9 @@ SST_DEVICE void ritz_matrix(Block& block, const RitzMatrix& args, int64_t pencil
   block.each([&](int t) {
     const bool broken = args.broken[pencil] != 0;
     const double last = args.largest[pencil] > 0 ? m * args.largest[pencil] : 1;
-    for (int64_t e = t; e < m * m; e += kThreads) {
-      const int64_t i = e / m, j = e % m;
+    const int width = static_cast<int>(m);  // 64-bit division costs a call, and spills
+    for (int e = t; e < width * width; e += kThreads) {
+      const int i = e / width, j = e % width;
       const bool vectors = valid[i] != 0 && valid[j] != 0;
       out[e] = broken ? i == j : vectors ? -at(i, j) : i == j ? last : 0;
     }

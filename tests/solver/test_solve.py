@@ -521,3 +521,9 @@ def test_gradient_of_degenerate_vectors_is_not_a_number():
     a = torch.eye(3, dtype=torch.float64, requires_grad=True)
     solve(Pencil(a), 2).vectors.square().sum().backward()
     assert not torch.isfinite(a.grad).all()
+
+
+def test_integers_are_promoted():
+    a, b = torch.diag(torch.arange(1, 7)), 2 * torch.eye(6, dtype=torch.int64)
+    for values in (solve(Pencil(a, b), 2).values, torch.ops.sst_kernels.eigh_topk(a, b, 2)[0]):
+        torch.testing.assert_close(values, torch.tensor([3.0, 2.5], dtype=torch.float64))
