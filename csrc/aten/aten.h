@@ -46,12 +46,6 @@ inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subt
 inline Tensor to_dtype(const Tensor& a, ScalarType dtype) {
   return a.scalar_type() == dtype ? a : torch::stable::to(a, dtype);
 }
-// A contiguous copy, whatever the dtype was.
-inline Tensor to_copy(const Tensor& a, ScalarType dtype) {
-  const Tensor copy = torch::stable::new_empty(a, {a.size(0), a.size(1), a.size(2)}, dtype);
-  copy_(copy, a);
-  return copy;
-}
 // S ← S − XᵀX, the lower triangles of S (N, d, d), X (N, m, d): this module's own op.
 inline void subtract_gram_(const Tensor& s, const Tensor& x) {
   dispatch("sst_kernels::syrk_accumulate_", "", s, x, std::optional<Tensor>(), -1.0, 1.0, std::string("ieee"), true);

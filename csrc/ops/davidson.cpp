@@ -72,7 +72,7 @@ Call prepare(const std::vector<Tensor>& tensors, const std::vector<int64_t>& a_c
     if (!matrix) fail("_davidson: without a preconditioner B must be dense");
     const CholeskyInverse found = cholesky_inverse(*matrix);
     call.pencil.inverse = found.inverse;
-    if (!found.single && dense_matrix(*call.pencil.a)) call.factor = found.factor;
+    if (dense_matrix(*call.pencil.a)) call.factor = found.factor;
     for (int64_t i = 0; i < batch; ++i) call.status[i] = status_of(found.definiteness[i]);
   } else {
     call.pencil.inverse = parse_whole(inverse_code, tensors);

@@ -1,6 +1,8 @@
 // The preconditioners of dense pencils: K⁻¹ = L⁻ᵀL⁻¹ in float32 where that will do, K = B or ηB − A.
 #pragma once
 
+#include <optional>
+
 #include "operator.h"
 
 namespace sst {
@@ -9,13 +11,12 @@ enum class Definiteness : int64_t { positive, indefinite, not_finite };
 
 struct CholeskyInverse {
   OperatorPtr inverse;
-  Tensor factor;                           // L (N, n, n)
+  std::optional<Tensor> factor;            // L (N, n, n), float64, where float32 will not do
   std::vector<Definiteness> definiteness;  // of each pencil; where there is no factor, I stands in its place
-  bool single;                             // whether the factors are in float32
 };
 
 // From the lower triangles of B (N, n, n). If a B has no factor in float32, or hardly one, all are factored in float64
-// before any is called indefinite. n³/3 flops and n² entries a pencil.
+// before any is called indefinite. n³/3 flops a pencil; n² entries, of which the inverse keeps half on the CPU.
 CholeskyInverse cholesky_inverse(const Tensor& b);
 
 // The lower triangle of C = L⁻¹AL⁻ᵀ, of the standard problem C y = θ y with y = Lᵀx, from that of A (N, n, n), in the
