@@ -14,9 +14,9 @@ from .preconditioners import has_inverse
 from .simplify import simplified
 from .structured import EKFAC, FunctionOperator, Gram
 
-METHODS = ("diagonal", "kronecker", "gram", "fused", "subset", "dense", "davidson")
+METHODS = ("diagonal", "kronecker", "gram", "fused", "subset", "lapack", "dense", "davidson")
 _CLOSED = METHODS[:3]
-_SUBSET_UP_TO = 2048
+_LAPACK_FROM = 1024, 1280  # orders from which LAPACK is faster than "subset", for more than n / 8 pairs, and for fewer
 
 
 def choose(pencil: Pencil, k: int, method: str) -> tuple[Pencil, str]:
@@ -40,7 +40,7 @@ def choose(pencil: Pencil, k: int, method: str) -> tuple[Pencil, str]:
         return structure, _fastest(structure, k)
     if method not in METHODS:
         raise ValueError(f"solve: method must be one of {['auto', *METHODS]}, got {method!r}")
-    if not _fits(structure, method):
+    if not fits(structure, method):
         kinds = f"{type(pencil.A).__name__} and {type(pencil.B).__name__}"
         raise ValueError(
             f"solve: method {method!r} does not fit A and B, which are {kinds} of {pencil.dtype}; "
@@ -62,7 +62,7 @@ def check_count(k: int, n: int) -> None:
         raise ValueError(f"solve: k must be in 1..n with n = {n}, got k = {k}")
 
 
-def _fits(pencil: Pencil, method: str) -> bool:
+def fits(pencil: Pencil, method: str) -> bool:
     """Whether `method` can solve a pencil of this structure."""
     a, b = pencil.A, pencil.B
     if method == "diagonal":
@@ -79,34 +79,33 @@ def _fits(pencil: Pencil, method: str) -> bool:
         like = torch.empty(0, dtype=pencil.dtype, device=pencil.device)
         can = fused_can if method == "fused" else subset_can
         return not _calls_python(pencil) and can(pencil.n, [like, *_tensors(pencil)])
+    if method == "lapack":
+        return pencil.device.type == "cpu" and not _wants_gradient(pencil)
     return method == "dense" or not (pencil.dtype.is_complex or _wants_gradient(pencil))
 
 
 def _fastest(pencil: Pencil, k: int) -> str:
     """Name of the method that `auto` takes."""
     for method in () if type(pencil.A) is type(pencil.B) is Dense else _CLOSED:
-        if _fits(pencil, method):
+        if fits(pencil, method):
             return method
-    if not (pencil.dtype.is_complex or _wants_gradient(pencil)):
-        if _iteration_pays(pencil, k):
-            return "davidson"
-        if _subset_pays(pencil, k) and not _calls_python(pencil):
-            return "subset"
+    real = not (pencil.dtype.is_complex or _wants_gradient(pencil))
+    if real and _iteration_pays(pencil, k):
+        return "davidson"
+    if pencil.n >= _LAPACK_FROM[8 * k <= pencil.n] and fits(pencil, "lapack"):
+        return "lapack"
+    # 4k: whatever the batch, so that its parts solved apart have the same bits
+    if real and 4 * k <= pencil.n and fits(pencil, "subset"):
+        return "subset"
     slow = fused_is_slow(pencil.n, pencil.batch_shape.numel(), pencil.device)
-    return "fused" if not slow and _fits(pencil, "fused") else "dense"
+    return "fused" if not slow and fits(pencil, "fused") else "dense"
 
 
 def _iteration_pays(pencil: Pencil, k: int) -> bool:
     """Whether iterating beats the direct methods, as measured by bench/eigensolver.py."""
     dense = isinstance(pencil.A, Dense) and isinstance(pencil.B, Dense)
-    share = 32 if dense and pencil.device.type == "cpu" and pencil.n <= _SUBSET_UP_TO else 16
+    share = 40 if dense and pencil.device.type == "cpu" else 16
     return pencil.n >= (1024 if dense else 512) and share * k <= pencil.n
-
-
-def _subset_pays(pencil: Pencil, k: int) -> bool:
-    """Whether k pairs come sooner than the whole spectrum, as measured by bench/eigensolver.py."""
-    # whatever the batch, so that its parts solved apart have the same bits
-    return pencil.device.type == "cpu" and 4 * k <= pencil.n <= _SUBSET_UP_TO
 
 
 def _tensors(pencil: Pencil) -> list[Tensor]:

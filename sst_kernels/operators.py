@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from .checks import check_batches, check_entries, check_matrix
-from .scaling import even_exponent, peak, scale_by_power, start_block
+from .products import symm_thin
+from .scaling import even_exponent, peak, power_norm, scale_by_power, start_block
 
 _PROBES = 4  # columns that `Operator.asymmetry` multiplies
+_LARGE = 256  # order from which products with Dense read the matrix as it is stored
 _POWER_STEPS = 4  # of Dense.norm: each costs one product, and the estimate only grows
 
 
@@ -143,8 +145,16 @@ class Dense(Operator):
     dtype = property(lambda self: self.matrix.dtype)
     device = property(lambda self: self.matrix.device)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether a copy of the matrix costs more than to read its lower triangle alone, by `symm_thin`."""
+        even = self.matrix.dim() <= 3 or self.matrix.is_contiguous()
+        return self.n >= _LARGE and not self.dtype.is_complex and even and self.matrix.stride(-1) == 1
+
     def __matmul__(self, x: Tensor) -> Tensor:
         """A x; 2n²m flops."""
+        if self.is_large and x.dim() > 1 and self.batch_shape in (x.shape[:-2], ()):
+            return symm_thin(self.matrix, x if x.dim() <= 3 else x.contiguous())
         return self.to_dense() @ x
 
     def diagonal(self) -> Tensor:
@@ -154,10 +164,14 @@ class Dense(Operator):
     def to_dense(self) -> Tensor:
         """Hermitian matrix with the lower triangle of `matrix`; a copy."""
         lower = self.matrix.tril(-1)
-        return lower + lower.mH + torch.diag_embed(self.diagonal())
+        full = lower + lower.mH
+        full.diagonal(dim1=-2, dim2=-1).copy_(self.diagonal())
+        return full
 
     def norm(self) -> Tensor:
-        """‖A‖₂ from below, by power steps from the longest column; 8n² flops."""
+        """‖A‖₂ from below, by power steps, of small matrices from the longest column; at most 40n² flops."""
+        if self.is_large:
+            return power_norm(self)
         full = self.to_dense()
         longest = torch.linalg.vector_norm(full, dim=-2).argmax(-1)
         x = full.take_along_dim(longest[..., None, None], -1)
@@ -189,6 +203,10 @@ class Dense(Operator):
 @dataclass(frozen=True, eq=False)
 class Mirrored(Dense):
     """A Dense whose upper triangle already mirrors the lower one, and is read."""
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """A x; 2n²m flops."""
+        return self.matrix @ x
 
     def to_dense(self) -> Tensor:
         """The matrix itself."""

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import as_scale
-from .operators import Operator, as_operator, check_alike
+from .operators import Dense, Operator, as_operator, check_alike
 from .scaling import scale_by_power
+
+_ORDINARY = 2.0**30  # norms up to this, and down to its inverse, leave squares and products in range
+
+
+class Measured(NamedTuple):
+    """An operator that stays in range, the exponents of what it stands for (see `normalized`), and its norms."""
+
+    operator: Operator
+    exponent: Tensor
+    norm: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,26 +105,41 @@ class Pencil:
         Returns:
             η (..., k), real; NaN where λ or v is not finite. One product with A and one with B.
         """
-        a, a_exponent = self.A.normalized()
-        b, b_exponent = self.B.normalized()
-        # A = 2ᵅÃ, B = 2ᵝB̃: λ̃ = 2^(β−α) λ
-        values = scale_by_power(values, (b_exponent - a_exponent)[..., None])
-        unit = vectors / torch.linalg.vector_norm(vectors, torch.inf, dim=-2, keepdim=True)
-        unit /= torch.linalg.vector_norm(unit, dim=-2, keepdim=True)
-        size = a.norm()[..., None] + values.abs() * b.norm()[..., None]
-        size = size.clamp_min(torch.finfo(size.dtype).tiny)[..., None, :]
-        # in place: for small pencils, memory costs more than arithmetic
-        subtrahend = (b @ unit).mul_(values[..., None, :] / size)
-        return torch.linalg.vector_norm((a @ unit).div_(size).sub_(subtrahend), dim=-2)
+        unit, _ = _unit_columns(vectors)
+        a, b = self.measured()
+        return _backward_errors(values, unit, a, b, b.operator @ unit)
 
     @torch.no_grad()
     def b_orthogonality(self, vectors: Tensor) -> Tensor:
         """Largest |VᴴBV − I| for V (..., n, k); shape (...,). One product with B and 2nk² flops."""
-        b, exponent = self.B.normalized()
-        scaled = scale_by_power(vectors, (exponent // 2)[..., None, None])
-        gram = scaled.mH @ (b @ scaled)
-        gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-        return torch.linalg.vector_norm(gram, torch.inf, dim=(-2, -1))
+        unit, length = _unit_columns(vectors)
+        b = _measured(self.B)
+        return _b_orthogonality(unit, length, b, b.operator @ unit)
+
+    @torch.no_grad()
+    def certificates(
+        self, values: Tensor, vectors: Tensor, measured: tuple[Measured, Measured] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`backward_errors` and `b_orthogonality`, with one product with A and one with B.
+
+        Args:
+            values: λ (..., k), real.
+            vectors: v as columns, (..., n, k).
+            measured: what `measured` returns, where it is known.
+
+        Returns:
+            Backward errors (..., k) and B-orthogonality (...,).
+        """
+        unit, length = _unit_columns(vectors)
+        a, b = measured or self.measured()
+        product = b.operator @ unit
+        orthogonality = _b_orthogonality(unit, length, b, product)
+        return _backward_errors(values, unit, a, b, product), orthogonality
+
+    @torch.no_grad()
+    def measured(self) -> tuple[Measured, Measured]:
+        """A and B as the certificates multiply with them, and their norms."""
+        return _measured(self.A), _measured(self.B)
 
     @torch.no_grad()
     def count_above(self, t: Tensor | float) -> Tensor:
@@ -138,3 +164,41 @@ class Pencil:
         # (Bunch & Kaufman 1977).
         single = (pivots > 0) & (factor.diagonal(dim1=-2, dim2=-1) > 0)
         return (single.sum(-1) + (pivots < 0).sum(-1) // 2) // copies
+
+
+def _measured(op: Operator) -> Measured:
+    """The operator itself where it is a large matrix of ordinary size, which saves a copy, else normalized."""
+    if isinstance(op, Dense) and op.is_large:
+        norm = op.norm()
+        if bool(((norm < _ORDINARY) & (norm > 1 / _ORDINARY)).all()):
+            return Measured(op, torch.zeros(op.batch_shape, dtype=torch.int32, device=op.device), norm)
+    op, exponent = op.normalized()
+    return Measured(op, exponent, op.norm())
+
+
+def _unit_columns(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of length 1, and the lengths that they had (..., k)."""
+    largest = torch.linalg.vector_norm(vectors, torch.inf, dim=-2, keepdim=True)
+    unit = vectors / largest
+    length = torch.linalg.vector_norm(unit, dim=-2, keepdim=True)
+    unit /= length
+    return unit, (largest * length)[..., 0, :]
+
+
+def _backward_errors(values: Tensor, unit: Tensor, a: Measured, b: Measured, product: Tensor) -> Tensor:
+    """Backward errors of unit vectors, their product with B̃ given, which is overwritten."""
+    # A = 2ᵅÃ, B = 2ᵝB̃: λ̃ = 2^(β−α) λ
+    values = scale_by_power(values, (b.exponent - a.exponent)[..., None])
+    size = a.norm[..., None] + values.abs() * b.norm[..., None]
+    size = size.clamp_min(torch.finfo(size.dtype).tiny)[..., None, :]
+    # in place: for small pencils, memory costs more than arithmetic
+    subtrahend = product.mul_(values[..., None, :] / size)
+    return torch.linalg.vector_norm((a.operator @ unit).div_(size).sub_(subtrahend), dim=-2)
+
+
+def _b_orthogonality(unit: Tensor, length: Tensor, b: Measured, product: Tensor) -> Tensor:
+    """Max |VᴴBV − I| of V = unit · diag(length), B̃ · unit given."""
+    scale = scale_by_power(length, (b.exponent // 2)[..., None])
+    gram = (unit.mH @ product).mul_(scale[..., :, None]).mul_(scale[..., None, :])
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return torch.linalg.vector_norm(gram, torch.inf, dim=(-2, -1))

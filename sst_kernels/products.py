@@ -102,7 +102,9 @@ def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     of_matrices = [
         _matrix_gradient(A, G, X) if wanted else None for A, G, wanted in zip(matrices, grads, needed, strict=True)
     ]
-    products = (torch.ops.sst_kernels.symm_thin.default(A, G) for A, G in zip(matrices, grads, strict=True))
+    # a gradient may come with any strides, of which the op takes a batch's only if they are even
+    even = (G if G.dim() <= 3 else G.contiguous() for G in grads)
+    products = (torch.ops.sst_kernels.symm_thin.default(A, G) for A, G in zip(matrices, even, strict=True))
     return *of_matrices, sum(products) if block_needed else None
 
 

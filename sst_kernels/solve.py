@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .choose import choose
+from .choose import choose, fits
 from .davidson import DavidsonOptions, davidson
 from .dense import VERIFY_UP_TO, dense, fused, fused_is_slow, subset
 from .gram import gram
+from .lapack import lapack
 from .operators import Dense
 from .pencil import Pencil
 from .result import Counts, EigenResult, Spectrum, Status
@@ -44,6 +45,7 @@ def solve(
     | "gram"      | A = JᴴJ/N, N < n, B of those `inverse` takes  | eigh of J B⁻¹ Jᴴ / N         |
     | "fused"     | real, no gradient wanted; A and B are formed  | all pairs, by `fused_eigh`   |
     | "subset"    | the same, on the CPU                          | k pairs of a tridiagonal T   |
+    | "lapack"    | no gradient wanted, on the CPU; both formed   | xSYGVX, xSYGVD, by scipy     |
     | "dense"     | any; A and B are formed                       | Cholesky, then eigh          |
     | "davidson"  | real, no gradient wanted                      | block Jacobi–Davidson        |
     | "auto"      | any                                           | the fastest of these         |
@@ -87,18 +89,22 @@ def solve(
     elif not 0 < tol < math.inf:
         raise ValueError(f"solve: tol must be positive and finite, got {tol}; None for the default")
     if name == "subset":
-        return _subset(structure, k, tol)
+        result = subset(structure, k, min(tol, pencil.tolerance))
+        return _with_others(result, result.status == 0, structure, k, tol, verify)
     if name == "davidson":
         found = _iterate(structure, k, tol, seed, options or DavidsonOptions())
     else:
         found = _METHODS[name](structure, k)
     values, vectors = found.values[..., :k], found.vectors
-    errors = pencil.backward_errors(values, vectors) if found.errors is None else found.errors
-    orthogonality = pencil.b_orthogonality(vectors) if found.orthogonality is None else found.orthogonality
+    errors, orthogonality = found.errors, found.orthogonality
+    if errors is None and orthogonality is None:
+        errors, orthogonality = pencil.certificates(values, vectors)
+    elif orthogonality is None:
+        orthogonality = pencil.b_orthogonality(vectors)
     if verify or (verify is None and name == "davidson" and _is_small_and_dense(structure)):
         found = found._replace(status=found.status | _counted(structure, found.values, k))
     status, blank = _judge(found, errors, orthogonality, tol)
-    return EigenResult(
+    result = EigenResult(
         values=values.masked_fill(blank[..., None], torch.nan),
         vectors=vectors.masked_fill(blank[..., None, None], torch.nan),
         backward_errors=errors.masked_fill(blank[..., None], torch.nan),
@@ -108,19 +114,23 @@ def solve(
         counts=found.counts or Counts(k, k, 0, 0),
         history=found.history,
     )
+    if name == "lapack":
+        return _with_others(result, ~(result.backward_errors.amax(-1) <= tol), structure, k, tol, verify)
+    return result
 
 
-def _subset(pencil: Pencil, k: int, tol: float) -> EigenResult:
-    """`subset`, and for the pencils that it leaves the whole spectrum."""
-    result = subset(pencil, k, min(tol, pencil.tolerance))
-    if result.status.all():
-        return result
-    poor = result.status == 0
+def _with_others(
+    result: EigenResult, poor: Tensor, pencil: Pencil, k: int, tol: float, verify: bool | None
+) -> EigenResult:
+    """The result, its poor pencils solved by way of the whole spectrum, which refines, and names faults."""
     count = int(poor.sum())
-    whole = "dense" if fused_is_slow(pencil.n, count, pencil.device) else "fused"
+    if count == 0:
+        return result
+    slow = fused_is_slow(pencil.n, count, pencil.device)
+    whole = "fused" if not slow and fits(pencil, "fused") else "dense"
     if count == poor.numel():
-        return solve(pencil, k, method=whole, tol=tol)
-    rest = solve(Pencil(*(x[poor] for x in pencil.dense())), k, method=whole, tol=tol)
+        return solve(pencil, k, method=whole, tol=tol, verify=verify)
+    rest = solve(Pencil(*(x[poor] for x in pencil.dense())), k, method=whole, tol=tol, verify=verify)
     for name in ("values", "vectors", "backward_errors", "b_orthogonality", "status"):
         getattr(result, name)[poor] = getattr(rest, name)
     return result
@@ -231,6 +241,7 @@ _METHODS: dict[str, Callable[[Pencil, int], Spectrum]] = {
     "kronecker": kronecker,
     "gram": gram,
     "fused": fused,
+    "lapack": lapack,
     "dense": dense,
 }
 _FAULTS = Status.NOT_POSITIVE_DEFINITE | Status.NON_FINITE | Status.MAX_ITERATIONS

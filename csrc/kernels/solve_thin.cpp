@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <thread>
 
 #include "vector.h"
+#include "wait.h"
 
 namespace sst {
 
@@ -144,7 +144,7 @@ void SolveThinCpu<T>::run(bool upwards, T* workspace, std::atomic<int64_t>& next
 
 template <class T>
 void SolveThinCpu<T>::wait_for(int64_t member, int64_t block, int steps) const {
-  while (steps_done_[member * blocks_ + block].load(std::memory_order_acquire) < steps) std::this_thread::yield();
+  wait_until([&] { return steps_done_[member * blocks_ + block].load(std::memory_order_acquire) >= steps; });
 }
 
 template <class T>

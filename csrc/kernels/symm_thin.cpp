@@ -1,9 +1,9 @@
 #include "symm_thin.h"
 
 #include <algorithm>
-#include <thread>
 
 #include "symm_thin_tile.h"
+#include "wait.h"
 
 namespace sst {
 
@@ -136,7 +136,7 @@ void SymmThinCpu<T>::multiply(int64_t first, T* workspace, std::atomic<int64_t>&
     std::atomic<int64_t>* const done = rounds_done_.get() + unit.member * pairing_.blocks;
     T* const panels = workspace + unit.member * member_size_;
     for_blocks(unit.tile, [&](int64_t block) {
-      while (done[block].load(std::memory_order_acquire) != unit.round) std::this_thread::yield();
+      wait_until([&] { return done[block].load(std::memory_order_acquire) == unit.round; });
     });
     if (unit.tile.row < pairing_.blocks) multiply_unit(first + unit.member, unit.tile, panels);
     for_blocks(unit.tile, [&](int64_t block) {
