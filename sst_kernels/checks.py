@@ -69,6 +69,11 @@ def check_batches(owner: str, first: tuple[str, Sequence[int], Sequence[int]], s
         ) from None
 
 
+def promoted(x: Tensor) -> Tensor:
+    """Integers and booleans as float64, as scipy does; all else as it is."""
+    return x if x.is_floating_point() or x.is_complex() else x.double()
+
+
 def as_scale(
     owner: str, name: str, value: Tensor | float, dtype: torch.dtype, device: torch.device, batch: Sequence[int]
 ) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -50,8 +51,12 @@ class DavidsonOptions:
     start: Tensor | None = None
     preconditioner: Operator | Tensor | None = None
 
-    def sizes(self, k: int, most: int = 48) -> tuple[int, int, int, int]:
+    def sizes(self, k: int, most: int) -> tuple[int, int, int, int]:
         """Sizes for k wanted pairs.
+
+        Args:
+            k: wanted pairs.
+            most: largest window, where none is given.
 
         Returns:
             Block, window, keep and capacity.
@@ -61,8 +66,10 @@ class DavidsonOptions:
             ValueError: if they contradict each other, or a limit is negative.
         """
         for name in ("block", "window", "keep", "capacity", "max_iterations", "inner_steps"):
-            if not isinstance(getattr(self, name), int | None):
-                raise TypeError(f"DavidsonOptions: {name} must be an int, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            chosen = value is None and name not in ("max_iterations", "inner_steps")
+            if not chosen and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise TypeError(f"DavidsonOptions: {name} must be an int, got {value!r}")
         window = min(k, most if self.window is None else self.window)
         block = min(max(k, 4), max(16, min(window // 4, 64))) if self.block is None else self.block
         keep = window + min(max(window, 4), 16) if self.keep is None else self.keep
@@ -77,7 +84,7 @@ class DavidsonOptions:
                 "DavidsonOptions: max_iterations and inner_steps must be at least 0, "
                 f"got {self.max_iterations} and {self.inner_steps}"
             )
-        return block, window, keep, capacity
+        return int(block), int(window), int(keep), int(capacity)
 
 
 @torch.no_grad()
@@ -121,7 +128,7 @@ def davidson(pencil: Pencil, k: int, tol: float, seed: int, options: DavidsonOpt
     single = options.single_start and not warm and pencil.dtype == torch.float64 and not program.calls_python
     # In float32 an error of tol·cond(B) in λ would show: there the iteration aims lower than what is accepted.
     aim = tol / 10 if pencil.dtype == torch.float32 else tol
-    numbers = [k, block, keep, capacity, window, options.max_iterations, options.inner_steps]
+    numbers = [k, block, keep, capacity, window, int(options.max_iterations), int(options.inner_steps)]
     flags = [int(single), int(warm)]
     theta, rows, errors, orthogonality, state, counts, history = _run(
         program, codes, rows, fresh, numbers + flags, [aim, max(20 * tol, _GUARD)]
@@ -172,7 +179,7 @@ def _(
     tolerances: list[float],
 ) -> list[Tensor]:
     batch, _, n = rows.shape
-    count = min(options[0] + max(options[2] - options[4], 1), n)  # k, and the guards that a restart keeps
+    count = options[0] + max(options[2] - options[4], 1)  # k, and the guards that a restart keeps
     wide, host = rows.new_empty, torch.empty
     iterations = torch.library.get_ctx().new_dynamic_size()
     return [

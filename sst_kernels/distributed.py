@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .operators import Operator
+from .davidson import DavidsonOptions
+from .operators import Operator, as_operator
 from .pencil import Pencil
 from .result import Counts, EigenResult
 from .solve import solve
@@ -56,9 +57,11 @@ def solve_distributed(pencil: Pencil, k: int, *, group: dist.ProcessGroup | None
     total = math.prod(pencil.batch_shape)
     bounds = [total * i // world for i in range(world + 1)]
     found, failure = None, None
+    start, stop = bounds[rank], bounds[rank + 1]
     try:
+        own = _options_of(options.pop("options", None), pencil.batch_shape, start, stop)
         with torch.no_grad():
-            found = solve(pencils_of(pencil, bounds[rank], bounds[rank + 1]), k, **options)
+            found = solve(pencils_of(pencil, start, stop), k, options=own, **options)
     except Exception as error:  # the other ranks wait: they must hear of it
         failure = error
     message = None if failure is None else f"{type(failure).__name__}: {failure}"
@@ -80,6 +83,19 @@ def solve_distributed(pencil: Pencil, k: int, *, group: dist.ProcessGroup | None
 def pencils_of(pencil: Pencil, start: int, stop: int) -> Pencil:
     """The pencils start … stop − 1 of the batch in row-major order, as one of batch shape (stop − start,)."""
     return Pencil(*(_operators_of(x, pencil.batch_shape, start, stop) for x in (pencil.A, pencil.B)))
+
+
+def _options_of(options: DavidsonOptions | None, batch: torch.Size, start: int, stop: int) -> DavidsonOptions | None:
+    """The options for pencils start … stop − 1: their start vectors, and their preconditioners."""
+    if not isinstance(options, DavidsonOptions):
+        return options
+    vectors, inverse = options.start, options.preconditioner
+    if isinstance(vectors, Tensor) and vectors.shape[:-2] == batch:  # else `solve` says what is wrong
+        vectors = vectors.reshape(-1, *vectors.shape[-2:])[start:stop]
+    if inverse is not None:
+        inverse = as_operator(inverse, "DavidsonOptions: preconditioner")
+        inverse = _operators_of(inverse, batch, start, stop)
+    return replace(options, start=vectors, preconditioner=inverse)
 
 
 def _operators_of(operator: Operator, batch: torch.Size, start: int, stop: int) -> Operator:

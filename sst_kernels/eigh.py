@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_matrix, promoted
 from .eigh_grad import pairs
-from .operators import Dense, check_alike, check_matrix
+from .operators import Dense, check_alike
 
 _STANDARD_DRIVERS = ("ev", "evd", "evr", "evx")
 _GENERALIZED_DRIVERS = ("gv", "gvd", "gvx")
@@ -141,10 +142,7 @@ def _as_pencil(a: Any, b: Any) -> tuple[Tensor, Tensor | None]:
 
 def _as_matrix(x: Any, name: str) -> Tensor:
     """Tensor of a supported dtype, square in its last two dimensions."""
-    if not isinstance(x, Tensor):
-        x = _from_numpy(x, name)
-    elif not (x.is_floating_point() or x.is_complex()):
-        x = x.double()
+    x = promoted(x) if isinstance(x, Tensor) else _from_numpy(x, name)
     check_matrix("eigh", name, x)
     return x
 

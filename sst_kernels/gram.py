@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .operators import Operator
 from .pencil import Pencil
-from .preconditioners import eigh, factored_inverse
+from .preconditioners import factored_inverse, hermitian_eigh
 from .result import Spectrum, Status
 from .scaling import start_block
 from .simplify import converted
@@ -41,35 +41,31 @@ def gram(pencil: Pencil, k: int) -> Spectrum:
     """
     found = _gram(pencil, k)
     double = torch.promote_types(pencil.dtype, torch.float64)
-    if pencil.dtype == double or not _is_poor(pencil, found, k):
+    if pencil.dtype == double:
         return found
+    errors, orthogonality = pencil.certificates(found.values[..., :k], found.vectors)
+    loose = orthogonality > 10 * pencil.n * torch.finfo(pencil.dtype).eps
+    if not ((errors.amax(-1) > pencil.tolerance) | loose).any():  # faulty pencils are NaN
+        return found._replace(errors=errors, orthogonality=orthogonality)
     redone = _gram(Pencil(converted(pencil.A, double), converted(pencil.B, double)), k)
     values, vectors, uncertainty = (new.to(old.dtype) for new, old in zip(redone[:3], found[:3], strict=True))
     return Spectrum(values, vectors, uncertainty, redone.status)
-
-
-@torch.no_grad()
-def _is_poor(pencil: Pencil, found: Spectrum, k: int) -> bool:
-    """Whether a pair of the batch, faulty pencils aside, misses the accuracy of its dtype."""
-    errors = pencil.backward_errors(found.values[..., :k], found.vectors).amax(-1)
-    loose = pencil.b_orthogonality(found.vectors) > 10 * pencil.n * torch.finfo(pencil.dtype).eps
-    return bool(((errors > pencil.tolerance) | loose).any())
 
 
 def _gram(pencil: Pencil, k: int) -> Spectrum:
     """The method itself, in the precision of the pencil; see `gram`."""
     a, b, rows = pencil.A, pencil.B, pencil.A.rows
     found = factored_inverse(b)
-    infinite = ~torch.isfinite(rows).flatten(-2).all(-1) | torch.isnan(a.count)
+    infinite = ~torch.isfinite(rows).flatten(-2).all(-1)
     fault = found.fault | infinite * int(Status.NON_FINITE)
     solved = found.operator @ rows.mH
     for _ in range(_REFINEMENTS):
         solved = solved + found.operator @ (rows.mH - b @ solved)
-    mu, w, unfinished = eigh((rows @ solved) / a.count[..., None, None])
+    mu, w, unfinished = hermitian_eigh((rows @ solved) / a.count[..., None, None])
     mu, w = mu.flip(-1), w.flip(-1)
     basis = _b_orthonormal(b, _candidates(solved, mu, w, a.count, found.operator @ start_block(b, k)))
     half = rows @ basis
-    values, y, unfinished_too = eigh((half.mH @ half) / a.count[..., None, None])
+    values, y, unfinished_too = hermitian_eigh((half.mH @ half) / a.count[..., None, None])
     values, vectors = values.flip(-1), basis @ y.flip(-1)
     null = values <= _zero(mu)
     values = values.masked_fill(null, 0.0)

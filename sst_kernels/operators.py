@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_batches, check_entries, check_matrix
+from .checks import check_batches, check_entries, check_matrix, promoted
 from .products import symm_thin
 from .scaling import even_exponent, peak, power_norm, scale_by_power, start_block
 
@@ -365,7 +365,7 @@ def as_operator(value: Operator | Tensor, name: str) -> Operator:
     if isinstance(value, Operator):
         return value
     if isinstance(value, Tensor):
-        return Dense(value if value.is_floating_point() or value.is_complex() else value.double())
+        return Dense(promoted(value))
     raise TypeError(
         f"{name} must be a torch.Tensor or an Operator, got {type(value).__name__}; convert with torch.as_tensor"
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from .combined import Damped, Sum
 from .dense import generalized_eigh
 from .operators import Dense, Diagonal, Kronecker, Operator
-from .result import Status
+from .result import Status, faults
 from .simplify import simplified
 from .structured import EKFAC, LowRankPlusDiagonal
 
@@ -133,7 +133,7 @@ def preconditioner(operator: Operator) -> Operator | None:
     return None
 
 
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def hermitian_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues, ascending, and vectors of Hermitian matrices, in double precision inside.
 
     Args:
@@ -163,8 +163,8 @@ def diagonalized(operator: Kronecker, damping: Tensor | float) -> tuple[EKFAC, T
     Returns:
         The EKFAC, and fault bits (...,) of the eigenproblems. 14(n₁³ + n₂³) flops.
     """
-    alpha, u, left_fault = eigh(operator.left.to_dense())
-    beta, w, right_fault = eigh(operator.right.to_dense())
+    alpha, u, left_fault = hermitian_eigh(operator.left.to_dense())
+    beta, w, right_fault = hermitian_eigh(operator.right.to_dense())
     entries = alpha[..., :, None] * beta[..., None, :] + _as_grid(damping, alpha)
     return EKFAC(u, w, entries.to(operator.dtype)), left_fault | right_fault
 
@@ -174,7 +174,7 @@ def _positive(entries: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     entries = entries.detach()
     infinite = ~torch.isfinite(entries).flatten(-dims).all(-1)
     indefinite = ~infinite & (entries <= 0).flatten(-dims).any(-1)
-    fault = infinite * int(Status.NON_FINITE) | indefinite * int(Status.NOT_POSITIVE_DEFINITE)
+    fault = faults(infinite, indefinite)
     return torch.where((fault != 0)[(..., *[None] * dims)], 1.0, entries), fault
 
 
@@ -196,7 +196,7 @@ def _dense_inverse(matrix: Tensor) -> Inverse:
     eye = torch.eye(matrix.shape[-1], dtype=double.dtype, device=matrix.device)
     factor, info = torch.linalg.cholesky_ex(torch.where(infinite[..., None, None], eye, double))
     factor = torch.where((info > 0)[..., None, None], eye, factor)
-    fault = infinite * int(Status.NON_FINITE) | (info > 0) * int(Status.NOT_POSITIVE_DEFINITE)
+    fault = faults(infinite, info > 0)
     return Inverse(Dense(torch.cholesky_inverse(factor).to(matrix.dtype)), fault)
 
 
@@ -214,7 +214,7 @@ def _woodbury(b: LowRankPlusDiagonal) -> Inverse:
     infinite = ~(torch.isfinite(b.factor).flatten(-2).all(-1) & torch.isfinite(core).flatten(-2).all(-1))
     factor = torch.where(infinite[..., None, None], 0.0, b.factor)
     q, r = torch.linalg.qr(root * factor)
-    mu, y, unfinished = eigh(r @ core @ r.mH)
+    mu, y, unfinished = hermitian_eigh(r @ core @ r.mH)
     fault = fault | infinite * int(Status.NON_FINITE) | unfinished
     indefinite = (fault == 0) & (mu <= -1).any(-1)
     fault = fault | indefinite * int(Status.NOT_POSITIVE_DEFINITE)
@@ -259,7 +259,7 @@ def _kronecker_shape(b: Operator) -> tuple[int, int] | None:
 def _in_kronecker_basis(b: Operator, shape: tuple[int, int]) -> EKFAC:
     """M⁻¹ of `preconditioner`: B's diagonal in the better of two Kronecker bases."""
     p, q = _nearest_kronecker(_terms(simplified(b.normalized()[0]))[0])
-    (_, u, _), (_, w, _) = eigh(p), eigh(q)
+    (_, u, _), (_, w, _) = hermitian_eigh(p), hermitian_eigh(q)
     terms, damping = _terms(b)
     rotated = sum(_diagonal_in(term, u, w, shape) for term in terms) + _as_grid(damping, u)
     rotated, plain = _raised(rotated, 2), _raised(b.diagonal().real.unflatten(-1, shape), 2)

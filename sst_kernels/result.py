@@ -16,7 +16,7 @@ class Status(IntFlag):
     CONVERGED: every backward error is at most `tol`, or at most 10 `tol` with STAGNATED or MAX_ITERATIONS
         beside it.
     VERIFIED: besides, no eigenvalue above the returned ones is missing: k = n, a closed form,
-        the inertia of A − tB with t between λ_k and λ_(k+1) (dense pencils, n <= 512), or by
+        the inertia of A − tB with t between λ_k and λ_(k+1) (dense pencils, n <= 512, or on request), or by
         "subset" the inertia of T − tI, which bisection counts: up to rounding, which is below
         the gap at k, T is similar to B⁻¹A (Sylvester). Never set beside CLUSTER_AT_K.
     CLUSTER_AT_K: λ_k and λ_(k+1) are equal to working accuracy.
@@ -33,6 +33,11 @@ class Status(IntFlag):
     NON_FINITE = 16
     MAX_ITERATIONS = 32
     STAGNATED = 64
+
+
+def faults(infinite: Tensor, indefinite: Tensor) -> Tensor:
+    """Status bits, int64, of bool tensors that say where A or B is not finite, and where B is not positive definite."""
+    return infinite * int(Status.NON_FINITE) | indefinite * int(Status.NOT_POSITIVE_DEFINITE)
 
 
 REMEDIES = {

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .choose import choose, fits
 from .davidson import DavidsonOptions, davidson
-from .dense import VERIFY_UP_TO, dense, fused, fused_is_slow, subset
+from .dense import VERIFY_UP_TO, counted, dense, fused, fused_is_slow, subset
 from .gram import gram
 from .lapack import lapack
 from .operators import Dense
 from .pencil import Pencil
-from .result import Counts, EigenResult, Spectrum, Status
+from .result import Counts, EigenResult, Spectrum, Status, faults
 from .rotation import rotate_to_diagonal
 from .structured import EKFAC
 
@@ -43,7 +43,7 @@ def solve(
     | "kronecker" | both Kronecker, their factors of equal orders | products of λ of the factors |
     |             | both EKFAC, of one eigenbasis (same tensors)  | ratios of their eigenvalues  |
     | "gram"      | A = JᴴJ/N, N < n, B of those `inverse` takes  | eigh of J B⁻¹ Jᴴ / N         |
-    | "fused"     | real, no gradient wanted; A and B are formed  | all pairs, by `fused_eigh`   |
+    | "fused"     | real, no callable, no gradient; A, B formed   | all pairs, by `fused_eigh`   |
     | "subset"    | the same, on the CPU                          | k pairs of a tridiagonal T   |
     | "lapack"    | no gradient wanted, on the CPU; both formed   | xSYGVX, xSYGVD, by scipy     |
     | "dense"     | any; A and B are formed                       | Cholesky, then eigh          |
@@ -51,7 +51,8 @@ def solve(
     | "auto"      | any                                           | the fastest of these         |
 
     "fused" takes orders up to what `fused_eigh_limit` says. Pencils for which "subset" cannot say that its pairs are
-    good and none is missed (faults, clusters at k, entries beyond 1e±50) are solved by "fused" or "dense".
+    good and none is missed (faults, clusters at k, entries beyond 1e±50), and those that "lapack" does not solve to
+    `tol`, are solved by "fused" or "dense".
     "davidson" iterates: its pairs hold to `tol`, and one may be missed unless the status says VERIFIED. Before it,
     a B that is a Kronecker product, damped or not, beside an A of such terms, is made diagonal (ten times the
     memory of its factors).
@@ -68,13 +69,13 @@ def solve(
         seed: of the start vectors of "davidson"; the direct methods draw none.
         options: of "davidson"; see `DavidsonOptions`.
         verify: whether to count the eigenvalues above λ_k by the inertia of A − tB, which forms A and B and
-            takes n³/3 flops. None: after "davidson", where A and B are dense and n <= 512; the direct methods
-            find out on their own.
+            takes n³/3 flops. None: where A and B are dense and n <= 512, after "davidson", "dense" and "fused";
+            the closed forms, "gram" and "subset" find out on their own.
 
     Returns:
-        Values, vectors, certificates and a status for each pencil. Cost: dense 14n³ flops; subset 4n³ + 8n²k; gram
-        about 2N²n and 9N³; Kronecker its two small pencils and 4(n₁ + n₂)nk; diagonal n log n; each
-        and nk entries.
+        Values, vectors, certificates and a status for each pencil. Cost: dense 14n³ flops; subset 3n³ + 8n²k;
+        lapack 4n³ to 9n³; gram about 2N²n and 9N³; Kronecker its two small pencils and 4(n₁ + n₂)nk;
+        diagonal n log n; each and nk entries.
 
     Raises:
         TypeError: if `pencil` is no Pencil, `options` no DavidsonOptions, or k no integer.
@@ -101,8 +102,9 @@ def solve(
         errors, orthogonality = pencil.certificates(values, vectors)
     elif orthogonality is None:
         orthogonality = pencil.b_orthogonality(vectors)
-    if verify or (verify is None and name == "davidson" and _is_small_and_dense(structure)):
-        found = found._replace(status=found.status | _counted(structure, found.values, k))
+    count = verify if verify is not None else name == "davidson" and _is_small_and_dense(structure)
+    if count and not (found.status & Status.VERIFIED).all():
+        found = found._replace(status=found.status | counted(structure, found.values, k))
     status, blank = _judge(found, errors, orthogonality, tol)
     result = EigenResult(
         values=values.masked_fill(blank[..., None], torch.nan),
@@ -150,15 +152,6 @@ def _is_small_and_dense(pencil: Pencil) -> bool:
     return isinstance(pencil.A, Dense) and isinstance(pencil.B, Dense) and pencil.n <= VERIFY_UP_TO
 
 
-@torch.no_grad()
-def _counted(pencil: Pencil, values: Tensor, k: int) -> Tensor:
-    """VERIFIED where exactly k eigenvalues lie above the middle between λ_k and the next that is known, (...,)."""
-    if k == pencil.n:
-        return torch.full(pencil.batch_shape, int(Status.VERIFIED), device=pencil.device)
-    middle = 0.5 * (values[..., k - 1] + values[..., k]).nan_to_num()
-    return (pencil.count_above(middle) == k) * int(Status.VERIFIED)
-
-
 def diagonal(pencil: Pencil, k: int) -> Spectrum:
     """λ_i = a_i / b_i, v_i = e_i / √b_i.
 
@@ -183,7 +176,7 @@ def _ratios(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     chosen = order[..., :k]
     infinite = ~(torch.isfinite(a) & torch.isfinite(b)).all(-1)
     indefinite = (b <= 0).any(-1)
-    status = infinite * int(Status.NON_FINITE) | indefinite * int(Status.NOT_POSITIVE_DEFINITE)
+    status = faults(infinite, indefinite)
     return values, chosen, b.gather(-1, chosen).rsqrt(), status | Status.VERIFIED
 
 

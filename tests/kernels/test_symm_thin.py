@@ -101,6 +101,12 @@ def test_gradients(batch: tuple[int, ...], shared: bool, device: torch.device) -
     for function, inputs in ((symm_thin, (A, X)), (symm_thin_pair, (A, B, X))):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
+    if batch:  # a cotangent of uneven strides
+        A2, X2 = (x.detach().expand(3, *x.shape).clone().requires_grad_() for x in (A.expand(*batch, 5, 5), X))
+        (symm_thin(A2, X2).sum(0) ** 2).sum().backward()
+        full = A2.detach().tril() + A2.detach().tril(-1).mT
+        summed = 2 * (full @ X2.detach()).sum(0)
+        torch.testing.assert_close(X2.grad, full @ summed)
     symm_thin_pair(A, B, X)[1].sum().backward()
     assert not B.grad.triu(1).any()
     assert not A.grad.any()

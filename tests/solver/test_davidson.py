@@ -326,6 +326,18 @@ def test_ill_conditioned_b_beside_scipy(cond, spectrum):
     check_beside_scipy(known, 5, np.float64, DavidsonOptions(start=start))
 
 
+def test_warm_start_beside_a_large_ill_conditioned_b():
+    """From order 1152 on the factor of B is made in blocks, and holds anything above them."""
+    n = 1152
+    known = planted(2.0 ** -np.arange(n), 1e10)
+    a, b = (torch.from_numpy(x) for x in known[:2])
+    b[torch.ones(n, n).triu(1) == 1] = torch.nan
+    exact = solve(Pencil(a, b), 3, method="davidson").vectors
+    result = solve(Pencil(a, b), 2, method="davidson", options=DavidsonOptions(start=exact))
+    assert result.converged and result.counts.iterations == 0, result.counts
+    np.testing.assert_allclose(result.values, known.values[:2], rtol=1e-5)
+
+
 @pytest.mark.parametrize("cond", [1e3, 1e5])
 @pytest.mark.parametrize("spectrum", ["power law", "spread", "steep"])
 def test_ill_conditioned_b_in_float32_beside_scipy(cond, spectrum):

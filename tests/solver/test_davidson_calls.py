@@ -344,6 +344,8 @@ def test_preconditioner_of_more_matrices_than_the_pencil():
     [
         ({"block": 2.5}, r"block must be an int, got 2\.5"),
         ({"max_iterations": "9"}, r"max_iterations must be an int, got '9'"),
+        ({"max_iterations": None}, r"max_iterations must be an int, got None"),
+        ({"block": True}, r"block must be an int, got True"),
         ({"start": np.zeros((N, 2))}, r"start must be a torch\.Tensor, got ndarray"),
         ({"preconditioner": np.eye(N)}, r"preconditioner must be a torch\.Tensor or an Operator, got ndarray"),
     ],
@@ -351,6 +353,11 @@ def test_preconditioner_of_more_matrices_than_the_pencil():
 def test_options_of_other_types(options, match):
     with pytest.raises(TypeError, match=f"DavidsonOptions: {match}"):
         solve(power_law(), 3, method="davidson", options=DavidsonOptions(**options))
+
+
+def test_sizes_of_numpy():
+    options = DavidsonOptions(block=np.int64(4), max_iterations=np.int32(200), inner_steps=np.int64(2))
+    check(solve(power_law(), 3, method="davidson", options=options), power_law())
 
 
 def test_preconditioner_as_a_matrix():

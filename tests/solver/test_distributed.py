@@ -16,6 +16,7 @@ from torch import Tensor
 from sst_kernels import (
     EKFAC,
     Damped,
+    DavidsonOptions,
     Diagonal,
     FunctionOperator,
     Gram,
@@ -122,7 +123,27 @@ def group_of_one(rank: int) -> None:
     assert torch.equal(found.values, solve(pencil, 2).values)
 
 
-CASES = {f.__name__: f for f in (same_as_one_process, bad_pencils_stay_alone, one_error_is_raised_by_all, group_of_one)}
+def start_and_preconditioner_are_dealt_too(rank: int) -> None:
+    torch.manual_seed(0)
+    for batch in ((5,), ()):
+        pencil = Pencil(spd(*batch, 40), spd(*batch, 40))
+        for inverse in (torch.eye(40).double(), torch.linalg.inv(pencil.B.matrix)):
+            exact = solve(pencil, 3).vectors  # with the guard
+            options = DavidsonOptions(start=exact, preconditioner=inverse)
+            found = solve_distributed(pencil, 2, method="davidson", options=options)
+            assert found.converged.all() and found.counts.iterations == 0
+
+
+CASES = {
+    f.__name__: f
+    for f in (
+        same_as_one_process,
+        bad_pencils_stay_alone,
+        one_error_is_raised_by_all,
+        group_of_one,
+        start_and_preconditioner_are_dealt_too,
+    )
+}
 
 
 @pytest.mark.parametrize("case", CASES)

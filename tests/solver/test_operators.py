@@ -231,6 +231,23 @@ def test_complex_dense_is_hermitian_with_a_real_diagonal():
     assert torch.equal(full.diagonal(), x.diagonal().real.to(x.dtype))
 
 
+@pytest.mark.parametrize(
+    "batches", [((), ()), ((2,), (2,)), ((), (2, 3)), ((3,), (2, 3)), ((2, 3), (2, 3)), ((2, 3), ())]
+)
+def test_large_matrices_multiply_as_they_are_stored(batches):
+    """By symm_thin, or formed where batches broadcast; integers, so exactly; in the end and in derivatives."""
+    n = 260
+    matrix, x = (torch.randint(-3, 4, (*batch, n, m)).double() for batch, m in zip(batches, (n, 2), strict=True))
+    full = matrix.tril() + matrix.tril(-1).mT
+    stored = (matrix.tril() + torch.full((n, n), torch.nan).triu(1).nan_to_num(7)).requires_grad_()
+    y = Dense(stored) @ x.transpose(-1, -2).contiguous().mT
+    assert torch.equal(y, full @ x)
+    y.sum(0).sum().backward()
+    outer = torch.ones_like(y) @ x.mT
+    expected = (outer.tril() + outer.mT.tril(-1)).sum_to_size(matrix.shape)
+    assert torch.equal(stored.grad, expected)
+
+
 def test_strided_matrices():
     base = integers(2, 7, 14)
     strided = base[:, :5, ::2][:, :, :5]

@@ -48,6 +48,33 @@ def test_b_orthogonality_is_the_largest_entry(random_pencil):
     assert found.item() == pytest.approx(np.abs(v.T @ b @ v - np.eye(3)).max(), rel=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("power", [0, 70])
+@pytest.mark.parametrize("strides", ["rows", "columns", "shared"])
+def test_certificates_of_large_pencils(random_pencil, dtype, power, strides):
+    """Read where they are stored, NaN above the diagonal, whatever their size (2⁷⁰ squared overflows in float32)."""
+    n, k = 300, 5
+    a, b = (torch.from_numpy(np.stack([random_pencil(n, seed=seed)[i] for seed in range(2)])) for i in range(2))
+    if strides == "shared":
+        b = b[0]
+    w, v = torch.rand(2, k).double() + 1, torch.randn(2, n, k).double()
+    unit = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    size = torch.linalg.matrix_norm(a, 2)[:, None] + w * torch.linalg.matrix_norm(b, 2).reshape(-1, 1)
+    expected = torch.linalg.vector_norm(a @ unit - b @ unit * w[:, None, :], dim=-2) / size
+    gram = (v.mT @ b @ v - torch.eye(k)).abs().amax((-2, -1))
+    above = torch.ones(n, n).triu(1) == 1
+    a, b, w, v = (x.to(dtype) for x in (a * 2.0**power, b * 2.0**power, w, v * 2.0 ** -(power // 2)))
+    if strides == "columns":
+        v = v.mT.contiguous().mT
+    pencil = Pencil(a.masked_fill(above, torch.nan), b.masked_fill(above, torch.nan))
+    errors, orthogonality = pencil.certificates(w, v)
+    assert torch.equal(errors, pencil.backward_errors(w, v))
+    assert torch.equal(orthogonality, pencil.b_orthogonality(v))
+    rounding = n * torch.finfo(dtype).eps
+    assert (errors >= expected * (1 - rounding)).all() and (errors <= expected * 1.5).all()
+    torch.testing.assert_close(orthogonality.double(), gram, rtol=rounding, atol=0)
+
+
 def test_zero_pencil_has_zero_backward_error():
     pencil = Pencil(torch.zeros(3, 3), torch.eye(3))
     assert torch.equal(pencil.backward_errors(torch.zeros(3), torch.eye(3)), torch.zeros(3))

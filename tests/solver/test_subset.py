@@ -63,6 +63,17 @@ def test_cluster_at_k_is_left_to_the_whole_spectrum():
     assert result.status.item() == Status.CONVERGED | Status.CLUSTER_AT_K
 
 
+def test_verify_reaches_pencils_that_it_leaves():
+    values = np.linspace(2, 1, 600)
+    values[1] = values[2]
+    a, b = planted(values)
+    for verify in (None, True):
+        result = solve(Pencil(a, b), 1, method="subset", verify=verify, tol=1e-13)
+        assert result.status.item() & Status.VERIFIED
+    left = solve(Pencil(a * 1e-60, b), 1, method="subset", verify=True)
+    assert left.method == "dense" and left.status.item() & Status.VERIFIED
+
+
 def test_batch_of_good_and_faulty_pencils():
     a, b = (torch.stack(x) for x in zip(*(planted(np.arange(20.0), seed) for seed in range(6)), strict=True))
     b[1, 7, 7] = -1
