@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from sst_kernels.eigh_topk import eigh_topk
 from sst_kernels.operators import Dense, Diagonal, Kronecker
 from sst_kernels.pencil import Pencil
 from sst_kernels.result import Status
@@ -525,5 +526,5 @@ def test_gradient_of_degenerate_vectors_is_not_a_number():
 
 def test_integers_are_promoted():
     a, b = torch.diag(torch.arange(1, 7)), 2 * torch.eye(6, dtype=torch.int64)
-    for values in (solve(Pencil(a, b), 2).values, torch.ops.sst_kernels.eigh_topk(a, b, 2)[0]):
+    for values in (solve(Pencil(a, b), 2).values, torch.ops.sst_kernels.eigh_topk(a, b, 2)[0], eigh_topk(a, b, 2)[0]):
         torch.testing.assert_close(values, torch.tensor([3.0, 2.5], dtype=torch.float64))
