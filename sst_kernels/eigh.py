@@ -180,8 +180,9 @@ def _columns(n: int, by_index: Sequence[int] | None) -> slice:
 def _hermitian(x: Tensor, lower: bool, check_finite: bool) -> Tensor:
     """Matrices with both triangles filled from one; NaN on the diagonal where the other holds NaN or infinity."""
     full = Dense(x if lower else x.mH).to_dense()
-    if check_finite:
-        mark = (0 * x.detach()).sum((-2, -1)).real  # 0 or NaN, and never overflows
+    if check_finite and x.shape[-1]:
+        parts = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
+        mark = 0 * torch.linalg.vector_norm(parts.flatten(x.dim() - 2), torch.inf, dim=-1)  # 0 or NaN
         full.diagonal(dim1=-2, dim2=-1).add_(mark[..., None])
     return full
 
