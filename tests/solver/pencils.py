@@ -34,6 +34,10 @@ def symmetric(x: np.ndarray) -> np.ndarray:
     return (x + x.T) / 2
 
 
+def hermitian(x: Tensor) -> Tensor:
+    return (x + x.mH) / 2
+
+
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
