@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 from scipy.fft import dct
+from torch import Tensor
 
-from harness import Row
-from sst_kernels import Pencil
+from harness import Limits, Row
+from sst_kernels import EigenResult, Pencil
+
+Pairs = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,3 +69,23 @@ def backward_error(a: NDArray, b: NDArray, w: NDArray, v: NDArray) -> float:
     """
     matrices, pairs = ((torch.from_numpy(np.array(x, dtype=np.float64)) for x in two) for two in ((a, b), (w, v)))
     return Pencil(*matrices).backward_errors(*pairs).max().item()
+
+
+def by_reduction(eigh: Callable[[Tensor], Pairs], a: Tensor, b: Tensor, k: int) -> Pairs:
+    """The k largest pairs by B = LLᵀ, C = L⁻¹AL⁻ᵀ and a batched eigensolver for C."""
+    factor = torch.linalg.cholesky(b)
+    half = torch.linalg.solve_triangular(factor, a, upper=False)
+    c = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+    values, y = eigh((c + c.mT) / 2)
+    vectors = torch.linalg.solve_triangular(factor.mT, y[..., -k:], upper=True)
+    return values[..., -k:].flip(-1), vectors.flip(-1)
+
+
+def floor(machine: Limits, result: EigenResult, size: int) -> float:
+    """Seconds that the iterations (or the direct method) cannot do without, for entries of so many bytes."""
+    n, pencils = result.vectors.shape[-2], result.status.numel()
+    steps = result.counts.iterations
+    triangle = n * (n + 1) / 2
+    if steps:
+        return pencils * machine.floor(steps * triangle * (2 * size + 4), n**3 / 3)
+    return pencils * machine.floor(0, 14 * n**3 / 3)

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from eigen_factors import factor_pencils
 from eigen_peers import DIRECT, Pairs, prepare
-from eigen_pencils import Comparison, backward_error, kfac_like
+from eigen_pencils import Comparison, backward_error, floor, kfac_like
 from harness import Limits, Row, interleaved, limits, parser, report
 from sst_kernels import EigenResult, Pencil, solve
 
@@ -75,16 +75,6 @@ def arrays(result: EigenResult) -> Pairs:
 def measured_limits(dtype: torch.dtype) -> Limits:
     """This CPU's, measured once."""
     return limits(torch.device("cpu"), dtype)
-
-
-def floor(machine: Limits, result: EigenResult, size: int) -> float:
-    """Seconds that the iterations (or the direct method) cannot do without."""
-    n, pencils = result.vectors.shape[-2], result.status.numel()
-    steps = result.counts.iterations
-    triangle = n * (n + 1) / 2
-    if steps:
-        return pencils * machine.floor(steps * triangle * (2 * size + 4), n**3 / 3)
-    return pencils * machine.floor(0, 14 * n**3 / 3)
 
 
 def check(label: str, result: EigenResult, others: Sequence[Pairs], eps: float) -> None:

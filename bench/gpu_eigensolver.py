@@ -22,11 +22,10 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 from cusolver import CuSolver
-from eigen_pencils import Comparison
-from harness import Limits, interleaved, limits, parser, report
-from sst_kernels import EigenResult, Pencil, solve
+from eigen_pencils import Comparison, Pairs, by_reduction, floor
+from harness import interleaved, limits, parser, report
+from sst_kernels import Pencil, solve
 
-Pairs = tuple[Tensor, Tensor]
 CASES = {  # pencils, n, k; bars over cuSOLVER and torch
     "many": (224, 1024, 32, 8, 50),
     "large": (32, 4096, 32, 5, 30),
@@ -61,16 +60,6 @@ def kfac_batch(count: int, n: int, device: torch.device) -> Pairs:
     return matrices[0], matrices[1]
 
 
-def by_reduction(eigh: Callable[[Tensor], Pairs], a: Tensor, b: Tensor, k: int) -> Pairs:
-    """The k largest pairs by B = LLᵀ, C = L⁻¹AL⁻ᵀ and a batched eigensolver for C."""
-    factor = torch.linalg.cholesky(b)
-    half = torch.linalg.solve_triangular(factor, a, upper=False)
-    c = torch.linalg.solve_triangular(factor, half.mT, upper=False)
-    values, y = eigh((c + c.mT) / 2)
-    vectors = torch.linalg.solve_triangular(factor.mT, y[..., -k:], upper=True)
-    return values[..., -k:].flip(-1), vectors.flip(-1)
-
-
 def peers(a: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], Pairs]]:
     """The peers by name, each of which has run once; those that cannot run are printed."""
     found: dict[str, Callable[[], Pairs]] = {"torch": partial(by_reduction, torch.linalg.eigh, a, b, k)}
@@ -102,15 +91,6 @@ def worst_error(a: Tensor, b: Tensor, values: Tensor, vectors: Tensor) -> float:
     )
 
 
-def floor(machine: Limits, result: EigenResult) -> float:
-    """As in `eigensolver.py`, for float32."""
-    n, pencils = result.vectors.shape[-2], result.status.numel()
-    steps = result.counts.iterations
-    if steps:
-        return pencils * machine.floor(steps * 6 * n * (n + 1), n**3 / 3)
-    return pencils * machine.floor(0, 14 * n**3 / 3)
-
-
 def measure(name: str, options: Namespace) -> list[Comparison]:
     """Checks and times one batch with all its peers."""
     count, n, k, cusolver_bar, torch_bar = CASES[name]
@@ -131,7 +111,7 @@ def measure(name: str, options: Namespace) -> list[Comparison]:
         errors.append(worst_error(a, b, values, vectors))
     error = worst_error(a, b, result.values, result.vectors)
     times = interleaved([ours, *calls.values()], options.repeats, options.device, warmups=1)
-    lower = floor(limits(options.device, torch.float32), result)
+    lower = floor(limits(options.device, torch.float32), result, a.element_size())
     return [
         Comparison(
             f"{count} × n={n} k={k} ({result.method}) / {peer}",

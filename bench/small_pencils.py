@@ -17,6 +17,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from eigen_pencils import by_reduction
 from harness import Limits, Row, arguments, interleaved, limits, report
 from sst_kernels import Pencil, eigh, fused_eigh, fused_eigh_limit, solve
 
@@ -35,18 +36,6 @@ def by_scipy(a: Tensor, b: Tensor) -> Callable[[], object]:
     """One pencil after another."""
     pencils = list(zip(a.numpy(), b.numpy(), strict=True))
     return lambda: [scipy.linalg.eigh(x, y) for x, y in pencils]
-
-
-def by_torch(a: Tensor, b: Tensor) -> Callable[[], object]:
-    """The textbook's steps, batched."""
-
-    def call() -> None:
-        factor = torch.linalg.cholesky(b)
-        half = torch.linalg.solve_triangular(factor, a, upper=False)
-        _, y = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
-        torch.linalg.solve_triangular(factor.mT, y, upper=True)
-
-    return call
 
 
 def check(a: Tensor, b: Tensor) -> None:
@@ -72,7 +61,7 @@ def measure(
     if n <= fused_eigh_limit(a):
         check(a, b)
         ways = {"fused_eigh": partial(fused_eigh, a, b), **ways}
-    peer = by_torch(a, b) if device.type == "cuda" else by_scipy(a, b)
+    peer = partial(by_reduction, torch.linalg.eigh, a, b, n) if device.type == "cuda" else by_scipy(a, b)
     *times, peer_time = interleaved([*ways.values(), peer], repeats, device)
     floor = machine.floor(3 * a.numel() * a.element_size(), 10 * count * n**3)
     label = f"{count} × n={n} {str(dtype).removeprefix('torch.')}"

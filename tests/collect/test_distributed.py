@@ -1,13 +1,7 @@
-"""Factors of two processes against float64 sums over the whole batch, written out layer by layer.
-
-Each case runs in two processes of this file, over gloo on the CPU; one that hangs is killed.
-"""
+"""Factors of two processes against float64 sums over the whole batch, written out layer by layer."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from two_processes import WORLD, main, run
 
 from sst_kernels.accumulate import FactorAccumulator
 from sst_kernels.factors import Factors
 from sst_kernels.labels import counter_uniform, sample_labels
 
-VOCAB, WORLD, SECONDS = 11, 2, 60
+VOCAB = 11
 IDS = torch.randint(0, VOCAB, (6, 5), generator=torch.Generator().manual_seed(1))
 LENGTHS = torch.tensor([5, 3, 4, 2, 5, 4])
 MASK = torch.arange(5) < LENGTHS[:, None]
@@ -219,30 +214,9 @@ CASES = {"ddp": ddp, "fsdp": fsdp, "trainer": trainer}
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes(tmp_path, case):
-    processes = []
-    for rank in range(WORLD):
-        process = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, __file__, case, str(tmp_path)],
-                env=os.environ | process | {"OMP_NUM_THREADS": "1"},
-                stdout=subprocess.DEVNULL,
-                stderr=(tmp_path / f"stderr-{rank}").open("w"),
-            )
-        )
-    try:
-        codes = [process.wait(SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join((tmp_path / f"stderr-{rank}").read_text() for rank in range(WORLD))
+    run(__file__, case, tmp_path, seconds=60)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    rank, folder = int(os.environ["RANK"]), Path(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    CASES[sys.argv[1]](rank, folder)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may outlive the group, and abort an orderly exit
+    main(CASES)

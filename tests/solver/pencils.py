@@ -1,6 +1,6 @@
 """Pencils of known spectrum and of planted faults, and the bars that every method must meet.
 
-Generators are pure functions of their arguments and return float64 arrays.
+Generators are pure functions of their arguments and return float64 arrays, or tensors where they take a torch dtype.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import NamedTuple
 import mpmath
 import numpy as np
 import scipy.linalg
+import torch
+from torch import Tensor
 
 from sst_kernels.result import Status
 
@@ -30,6 +32,19 @@ def orthogonal(n: int, rng: np.random.Generator) -> np.ndarray:
 
 def symmetric(x: np.ndarray) -> np.ndarray:
     return (x + x.T) / 2
+
+
+def hermitian(x: Tensor) -> Tensor:
+    return (x + x.mH) / 2
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def positive(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    x = draw(n, 2 * n, seed=seed, dtype=dtype)
+    return x @ x.mH / n
 
 
 def mikota(n: int) -> Known:
@@ -141,12 +156,12 @@ def one_norm(x: np.ndarray) -> float:
 
 def errors(a: np.ndarray, b: np.ndarray, w: np.ndarray, v: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """Residual, B-orthogonality and largest eigenvalue error relative to λ₁, computed in double."""
-    a, b, w, v = (x.astype(float) for x in (a, b, w, v))
+    a, b, w, v = (x.astype(np.promote_types(x.dtype, float)) for x in (a, b, w, v))
     size = (one_norm(a) + np.abs(w).max() * one_norm(b)) * one_norm(v)
     return np.array(
         [
             one_norm(a @ v - b @ v * w) / size,
-            one_norm(v.T @ b @ v - np.eye(v.shape[1])),
+            one_norm(v.conj().T @ b @ v - np.eye(v.shape[1])),
             np.abs(w - exact).max() / np.abs(exact).max(),
         ]
     )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from two_processes import WORLD, main, run
 
 from sst_kernels import (
     EKFAC,
@@ -30,8 +28,6 @@ from sst_kernels import (
     solve_distributed,
 )
 from sst_kernels.distributed import pencils_of
-
-WORLD, SECONDS = 2, 100
 
 
 def spd(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -83,7 +79,7 @@ def test_a_callable_cannot_be_cut() -> None:
         pencils_of(pencil, 0, 1)
 
 
-def same_as_one_process(rank: int) -> None:
+def same_as_one_process(rank: int, folder: Path) -> None:
     for make in operators().values():
         torch.manual_seed(0)
         pencil = Pencil(*make())
@@ -95,7 +91,7 @@ def same_as_one_process(rank: int) -> None:
         assert (found.method, found.counts) == (expected.method, expected.counts)
 
 
-def bad_pencils_stay_alone(rank: int) -> None:
+def bad_pencils_stay_alone(rank: int, folder: Path) -> None:
     torch.manual_seed(0)
     a, b = spd(5, 6), spd(5, 6)
     b[3] *= -1
@@ -104,7 +100,7 @@ def bad_pencils_stay_alone(rank: int) -> None:
     assert torch.isnan(found.values).any(-1).tolist() == [False] * 3 + [True, False]
 
 
-def one_error_is_raised_by_all(rank: int) -> None:
+def one_error_is_raised_by_all(rank: int, folder: Path) -> None:
     torch.manual_seed(0)
     pencil = Pencil(spd(5, 6), spd(6))
     with pytest.raises(
@@ -115,7 +111,7 @@ def one_error_is_raised_by_all(rank: int) -> None:
     assert solve_distributed(pencil, 2).converged.all()
 
 
-def group_of_one(rank: int) -> None:
+def group_of_one(rank: int, folder: Path) -> None:
     torch.manual_seed(rank)
     groups = [dist.new_group([i]) for i in range(WORLD)]
     pencil = Pencil(spd(3, 6), spd(6))
@@ -148,29 +144,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes(tmp_path: Path, case: str) -> None:
-    processes = []
-    for rank in range(WORLD):
-        process = {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1"}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, __file__, case, str(tmp_path)],
-                env=os.environ | process,
-                stdout=subprocess.DEVNULL,
-                stderr=(tmp_path / f"stderr-{rank}").open("w"),
-            )
-        )
-    try:
-        codes = [process.wait(SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join((tmp_path / f"stderr-{rank}").read_text() for rank in range(WORLD))
+    run(__file__, case, tmp_path, seconds=100)
 
 
 if __name__ == "__main__":
-    rank, folder = int(os.environ["RANK"]), Path(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    CASES[sys.argv[1]](rank)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may outlive the group, and abort an orderly exit
+    main(CASES)

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from pencils import hermitian
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from sst_kernels import Status, eigh, eigh_topk, resolvent
 
 OP = torch.ops.sst_kernels
-
-
-@pytest.fixture(autouse=True)
-def no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
-        yield
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 
 @pytest.fixture(params=["iterated", "direct"])
@@ -33,14 +28,10 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
-def sym(x: Tensor) -> Tensor:
-    return (x + x.mH) / 2
-
-
 def pencil(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
     x, y = torch.randn(2, *shape, shape[-1], dtype=dtype)
-    return sym(x), y @ y.mH + torch.eye(shape[-1])
+    return hermitian(x), y @ y.mH + torch.eye(shape[-1])
 
 
 def with_spectrum(values: list[float], seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -49,7 +40,7 @@ def with_spectrum(values: list[float], seed: int = 0) -> tuple[Tensor, Tensor]:
     x, y = torch.randn(2, len(values), len(values), dtype=torch.float64)
     q, chol = torch.linalg.qr(x)[0], torch.linalg.cholesky(y @ y.T + torch.eye(len(values)))
     a = chol @ (q * torch.tensor(values, dtype=torch.float64)) @ q.T @ chol.T
-    return sym(a), chol @ chol.T
+    return hermitian(a), chol @ chol.T
 
 
 def loss(w: Tensor, v: Tensor) -> Tensor:
@@ -81,7 +72,7 @@ def test_first_and_second_order(engine: str, dtype: torch.dtype, k: int, shapes:
     b = pencil(*shapes[1], dtype=dtype, seed=1)[1].requires_grad_()
 
     def outputs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        w, v, _ = eigh_topk(sym(a), sym(b), k)
+        w, v, _ = eigh_topk(hermitian(a), hermitian(b), k)
         return w, (v * w[..., None, :]) @ v.mH
 
     assert gradcheck(outputs, (a, b), check_forward_ad=True, check_batched_grad=True, fast_mode=True)
@@ -150,7 +141,7 @@ def test_projector_of_a_whole_cluster(engine: str) -> None:
     x, y = (m.clone().requires_grad_() for m in (a, b))
     projector(x, y, 3).backward()
     torch.manual_seed(2)
-    da, db = (sym(torch.randn_like(m)) for m in (a, b))
+    da, db = (hermitian(torch.randn_like(m)) for m in (a, b))
     h = 1e-5
     difference = float(projector(a + h * da, b + h * db, 3) - projector(a - h * da, b - h * db, 3)) / (2 * h)
     assert float((x.grad * da).sum() + (y.grad * db).sum()) == pytest.approx(difference, rel=1e-6, abs=1e-7)

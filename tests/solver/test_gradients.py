@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
+from pencils import hermitian
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from sst_kernels import eigh
 
 OP = torch.ops.sst_kernels
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 Pencils = Callable[..., tuple]
-
-
-@pytest.fixture(autouse=True)
-def no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
-        yield
-
-
-def sym(x: Tensor) -> Tensor:
-    return (x + x.mH) / 2
 
 
 def pencil(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -42,7 +33,7 @@ def test_first_and_second_order(dtype: torch.dtype, problem: int | None, subset:
     matrices = [x.requires_grad_() for x in pencil(4, dtype=dtype)[: 1 if problem is None else 2]]
 
     def outputs(*matrices: Tensor) -> tuple[Tensor, Tensor]:
-        w, v = eigh(*map(sym, matrices), type=problem or 1, subset_by_index=subset)
+        w, v = eigh(*map(hermitian, matrices), type=problem or 1, subset_by_index=subset)
         return w, (v * w) @ v.mH
 
     assert gradcheck(outputs, matrices, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
@@ -52,7 +43,7 @@ def test_first_and_second_order(dtype: torch.dtype, problem: int | None, subset:
 @pytest.mark.parametrize("lower", [True, False])
 @pytest.mark.parametrize("values_only", [True, False])
 def test_derivatives_belong_to_the_triangle_that_is_read(lower: bool, values_only: bool) -> None:
-    a, b = (sym(x).requires_grad_() for x in pencil(5))
+    a, b = (hermitian(x).requires_grad_() for x in pencil(5))
 
     def total(a: Tensor, b: Tensor) -> Tensor:
         return eigh(a, b, lower=lower, eigvals_only=values_only)[0 if not values_only else slice(None)].pow(3).sum()
@@ -66,7 +57,7 @@ def test_derivatives_belong_to_the_triangle_that_is_read(lower: bool, values_onl
 
 def test_batches_share_what_they_broadcast() -> None:
     a, b = pencil(3, 1, 4)[0].requires_grad_(), pencil(2, 4, seed=1)[1].requires_grad_()
-    assert gradcheck(lambda a, b: eigh(sym(a), sym(b), eigvals_only=True), (a, b))
+    assert gradcheck(lambda a, b: eigh(hermitian(a), hermitian(b), eigvals_only=True), (a, b))
 
 
 def rotated(values: list[float]) -> Tensor:
@@ -78,7 +69,7 @@ def rotated(values: list[float]) -> Tensor:
 def finite_difference(loss: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> tuple[float, float]:
     """Central difference of the loss in a random symmetric direction, beside its derivative there."""
     torch.manual_seed(2)
-    da, db = (sym(torch.randn_like(x)) for x in (a, b))
+    da, db = (hermitian(torch.randn_like(x)) for x in (a, b))
     h = 1e-5
     with torch.no_grad():
         difference = float(loss(a + h * da, b + h * db) - loss(a - h * da, b - h * db)) / (2 * h)
@@ -87,7 +78,7 @@ def finite_difference(loss: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Te
     return difference, float((a.grad * da).sum() + (b.grad * db).sum())
 
 
-WEIGHT = sym(torch.arange(25, dtype=torch.float64).reshape(5, 5).sin())
+WEIGHT = hermitian(torch.arange(25, dtype=torch.float64).reshape(5, 5).sin())
 WHOLE_SPACES = [[1.0, 1, 1, 2, 5], [1.0, 2, 3, 3, 3], [4.0, 4, 7, 7, 9], [2.0, 2, 2, 2, 2]]
 
 
@@ -137,7 +128,7 @@ def test_a_choice_within_an_eigenspace_is_warned_of() -> None:
 
 
 def test_a_phase_is_warned_of() -> None:
-    a = sym(pencil(3, dtype=torch.complex128)[0]).requires_grad_()
+    a = hermitian(pencil(3, dtype=torch.complex128)[0]).requires_grad_()
     with pytest.warns(RuntimeWarning, match="phase of a complex vector"):
         eigh(a)[1].imag.sum().backward()
 
@@ -152,7 +143,7 @@ def test_second_derivatives_of_equal_eigenvalues_are_warned_of() -> None:
 
 @pytest.mark.parametrize("problem", [1, 2, 3])
 def test_a_faulty_pencil_has_derivative_zero_and_harms_no_other(problem: int) -> None:
-    a, b = (sym(x).expand(4, 5, 5).clone() for x in pencil(5))
+    a, b = (hermitian(x).expand(4, 5, 5).clone() for x in pencil(5))
     b[1] *= -1
     a[2, 3, 1] = torch.nan
     alone = [x[0].clone().requires_grad_() for x in (a, b)]
@@ -190,7 +181,7 @@ def test_torch_func() -> None:
 
 @pytest.mark.parametrize("in_dims", [(0, None), (None, 1), (2, 0)])
 def test_vmap_is_a_batch(in_dims: tuple[int | None, int | None]) -> None:
-    a, b = (sym(x) for x in pencil(3, 4))
+    a, b = (hermitian(x) for x in pencil(3, 4))
     moved = [x[0] if dim is None else x.movedim(0, dim) for x, dim in zip((a, b), in_dims, strict=True)]
     w, v = torch.vmap(eigh, in_dims)(*moved)
     for i in range(3):
@@ -223,7 +214,7 @@ def test_compiles_to_one_graph(values_only: bool, subset: list[int] | None) -> N
 def test_errors_and_warnings_of_a_compiled_call() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(eigh, fullgraph=True, backend="aot_eager")
-    a, b = (sym(x) for x in pencil(2, 4))
+    a, b = (hermitian(x) for x in pencil(2, 4))
     with pytest.raises(torch.linalg.LinAlgError, match="B is not positive definite"):
         compiled(a[0], -b[0])
     with pytest.raises(ValueError, match="must not contain infs or NaNs"):
@@ -242,7 +233,7 @@ def test_fake_tensors() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("arguments", [(1, 0, 4, False), (2, 1, 3, False), (3, 0, 4, True)])
 def test_opcheck(dtype: torch.dtype, arguments: tuple) -> None:
-    a, b = (sym(x).requires_grad_() for x in pencil(3, 4, dtype=dtype))
+    a, b = (hermitian(x).requires_grad_() for x in pencil(3, 4, dtype=dtype))
     warnings.simplefilter("ignore")  # it differentiates functions of the phase of vectors
     torch.library.opcheck(OP._eigh.default, (a, b, *arguments, False))
     torch.library.opcheck(OP._eigh.default, (a, None, 1, 0, 4, False, False))
@@ -256,8 +247,8 @@ def test_the_op_with_fewer_vectors_than_all(problem: int) -> None:
     a, b = (x.requires_grad_() for x in pencil(4))
 
     def outputs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        w, v, _ = OP._eigh(sym(a), sym(b), problem, 1, 3, False, False)
-        return OP._eigh(sym(a), sym(b), problem, 0, 4, True, False)[0], (v * w[1:3]) @ v.mT
+        w, v, _ = OP._eigh(hermitian(a), hermitian(b), problem, 1, 3, False, False)
+        return OP._eigh(hermitian(a), hermitian(b), problem, 0, 4, True, False)[0], (v * w[1:3]) @ v.mT
 
     assert gradcheck(outputs, (a, b), check_forward_ad=True, fast_mode=True)
     assert gradgradcheck(outputs, (a, b), fast_mode=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from pencils import draw, positive
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sst_kernels.combined import Damped, Scaled, Sum
@@ -18,15 +19,6 @@ from sst_kernels.structured import EKFAC, FunctionOperator, Gram, LowRankPlusDia
 F64 = torch.float64
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 GOOD = Status.CONVERGED | Status.VERIFIED
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def positive(n: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
-    x = draw(n, 2 * n, seed=seed, dtype=dtype)
-    return x @ x.mH / n
 
 
 def oracle(harm: np.ndarray, benign: np.ndarray, gamma: float) -> np.ndarray:

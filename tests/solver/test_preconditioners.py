@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pencils import draw, positive
 
 from sst_kernels.combined import Damped, Scaled, Sum
 from sst_kernels.operators import Dense, Diagonal, Kronecker, Operator
@@ -13,15 +14,6 @@ from sst_kernels.structured import EKFAC, FunctionOperator, Gram, LowRankPlusDia
 
 F64 = torch.float64
 NOT_PD, NON_FINITE = int(Status.NOT_POSITIVE_DEFINITE), int(Status.NON_FINITE)
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def positive(n: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
-    x = draw(n, 2 * n, seed=seed, dtype=dtype)
-    return x @ x.mH / n
 
 
 def power_law(n: int, seed: int = 0) -> torch.Tensor:

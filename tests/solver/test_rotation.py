@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from pencils import draw, positive
 
 from sst_kernels.combined import Damped, Scaled, Sum
 from sst_kernels.operators import Dense, Diagonal, Kronecker
@@ -17,15 +18,6 @@ from sst_kernels.structured import EKFAC, Gram
 
 F64 = torch.float64
 GOOD = Status.CONVERGED | Status.VERIFIED
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def positive(n: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
-    x = draw(n, 2 * n, seed=seed, dtype=dtype)
-    return x @ x.mH / n
 
 
 def ekfac(dtype: torch.dtype = F64) -> EKFAC:

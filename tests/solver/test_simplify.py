@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pencils import draw
 
 from sst_kernels.combined import Damped, Scaled, Sum
 from sst_kernels.operators import Dense, Diagonal, Kronecker
@@ -11,10 +12,6 @@ from sst_kernels.simplify import simplified
 from sst_kernels.structured import EKFAC, FunctionOperator, Gram, LowRankPlusDiagonal
 
 F64 = torch.float64
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def symmetric(n: int, seed: int = 0) -> torch.Tensor:

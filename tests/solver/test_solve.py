@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from pencils import eigenvalues_in_50_digits, errors, one_norm
 
 from sst_kernels.eigh_topk import eigh_topk
 from sst_kernels.operators import Dense, Diagonal, Kronecker
@@ -16,23 +16,6 @@ from sst_kernels.solve import solve
 
 DTYPES = [np.float32, np.float64, np.complex64, np.complex128]
 GOOD = Status.CONVERGED | Status.VERIFIED
-
-
-def one_norm(x: np.ndarray) -> float:
-    return np.abs(x).sum(0).max()
-
-
-def errors(a, b, w, v, exact) -> np.ndarray:
-    """Residual, B-orthogonality and eigenvalue error (SOLVER's bars), all computed in double."""
-    a, b, v = (x.astype(np.promote_types(x.dtype, np.float64)) for x in (a, b, v))
-    size = (one_norm(a) + np.abs(w).max() * one_norm(b)) * one_norm(v)
-    return np.array(
-        [
-            one_norm(a @ v - b @ v * w.astype(float)) / size,
-            one_norm(v.conj().T @ b @ v - np.eye(v.shape[1])),
-            np.abs(w - exact).max() / np.abs(exact).max(),
-        ]
-    )
 
 
 def check_beside_scipy(a: np.ndarray, b: np.ndarray, k: int, device: torch.device, exact: np.ndarray) -> None:
@@ -46,14 +29,6 @@ def check_beside_scipy(a: np.ndarray, b: np.ndarray, k: int, device: torch.devic
     assert ours[0].dtype == w.dtype and ours[1].dtype == v.dtype
     bar = 10 * np.maximum(errors(a, b, w, v, exact), n * np.finfo(a.dtype).eps)
     assert (errors(a, b, *ours, exact) <= bar).all()
-
-
-def eigenvalues_in_50_digits(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Descending λ of the pencil as stored: double precision cannot judge itself at cond 1e12."""
-    with mpmath.workdps(50):
-        inverse = mpmath.inverse(mpmath.cholesky(mpmath.matrix(b.tolist())))
-        c = inverse * mpmath.matrix(a.tolist()) * inverse.T
-        return np.array(mpmath.eigsy(c, eigvals_only=True).T.tolist()[0], dtype=float)[::-1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
