@@ -119,7 +119,7 @@ def group_of_one(rank: int, folder: Path) -> None:
     assert torch.equal(found.values, solve(pencil, 2).values)
 
 
-def start_and_preconditioner_are_dealt_too(rank: int) -> None:
+def start_and_preconditioner_are_dealt_too(rank: int, folder: Path) -> None:
     torch.manual_seed(0)
     for batch in ((5,), ()):
         pencil = Pencil(spd(*batch, 40), spd(*batch, 40))
