@@ -47,7 +47,11 @@ def lapack(pencil: Pencil, k: int) -> Spectrum:
 
 
 def _solve(a: Tensor, b: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The `count` largest values, ascending, with vectors (n, count), and an estimate of |λ|_max; None if in vain."""
+    """The `count` largest values, ascending, with vectors (n, count), and about |λ|_max, or 0 where all are known.
+
+    Returns:
+        None where LAPACK fails.
+    """
     from scipy.linalg import LinAlgError, eigh  # here, because it takes a tenth of a second
 
     n = len(a)
@@ -60,14 +64,14 @@ def _solve(a: Tensor, b: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] | 
         )
     except LinAlgError:
         return None
-    size = values_size = torch.from_numpy(np.abs(values).max(keepdims=True))[0]
-    if count < n:  # the most negative λ may be larger than those found
-        size = torch.maximum(values_size, _norm_of_reduced(a, torch.from_numpy(second)))
+    # the most negative λ may be larger than those found
+    size = _norm_of_reduced(a, torch.from_numpy(second)) if count < n else torch.zeros(())
     return torch.from_numpy(values), torch.from_numpy(vectors).conj().resolve_conj(), size
 
 
 def _copy_by_columns(x: Tensor) -> NDArray:
-    return np.array(x.numpy().T, order="F")
+    """Transposed, as Fortran stores matrices."""
+    return np.array(x.detach().resolve_conj().resolve_neg().numpy().T, order="F")
 
 
 def _norm_of_reduced(a: Tensor, upper: Tensor) -> Tensor:

@@ -84,6 +84,20 @@ def test_auto_takes_it_for_many_pairs_of_large_pencils():
         solve(wanting, 64, method="lapack")
 
 
+def test_views_and_tensors_that_require_gradients():
+    a, b = (torch.from_numpy(x) for x in planted(np.arange(12.0), 10.0, 2)[:2])
+    with torch.no_grad():
+        result = solve(Pencil(a.requires_grad_(), b), 3, method="lapack")
+    np.testing.assert_allclose(result.values, [11, 10, 9], rtol=1e-12)
+    complex_a, complex_b = a.detach() + 0j, b + 0j
+    complex_a[3, 1] += 0.5j
+    complex_a[1, 3] -= 0.5j
+    plain = solve(Pencil(complex_a, complex_b), 3, method="lapack")
+    view = solve(Pencil(complex_a.conj(), complex_b), 3, method="lapack")
+    torch.testing.assert_close(plain.values, view.values)
+    assert (view.backward_errors < 1e-14).all()
+
+
 def test_empty_batch():
     result = solve(Pencil(torch.empty(0, 5, 5)), 2, method="lapack")
     assert result.values.shape == (0, 2) and result.vectors.shape == (0, 5, 2)
