@@ -5,10 +5,10 @@
 #include <limits>
 #include <optional>
 
-#include "checks.h"
-#include "solver/cholesky.h"
-#include "solver/interrupt.h"
-#include "solver/solve.h"
+#include "cholesky.h"
+#include "interrupt.h"
+#include "ops/checks.h"
+#include "solve.h"
 
 namespace sst {
 
