@@ -100,7 +100,7 @@ Solution solve_good(const Call& call, const Tensor& rows, const Tensor& fresh, b
   const OperatorPtr identity = identity_operator(*factor);
   pencil = {dense_operator(congruence(*dense_matrix(*pencil.a), *factor)), identity, identity};
   start = aten::to_dtype(start, ScalarType::Double);
-  if (warm) start = aten::matmul(start, *factor);
+  if (warm) start = aten::matmul(start, aten::tril(*factor));
   Solution found = solve(pencil, start, warm, aten::to_dtype(fresh, ScalarType::Double), options, false, observer);
   found.vectors = aten::to_dtype(solve_adjoint(*factor, found.vectors), rows.scalar_type());
   return found;
