@@ -127,7 +127,7 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
                                 const Tensor& rows, const Tensor& fresh, const std::vector<int64_t>& numbers,
                                 const std::vector<double>& tolerances) {
   const Options options = read_options(numbers, tolerances);
-  const int64_t batch = rows.size(0), r = options.k + std::max<int64_t>(options.keep - options.window, 1);
+  const int64_t batch = rows.size(0), r = options.returned();
   Call call = prepare(tensors, a_code, b_code, inverse_code, batch);
   const auto blank = [&](const std::vector<int64_t>& sizes, ScalarType dtype) {
     return torch::stable::full(sizes, std::numeric_limits<double>::quiet_NaN(), dtype, std::nullopt, rows.device());
