@@ -46,10 +46,6 @@ inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subt
 inline Tensor to_dtype(const Tensor& a, ScalarType dtype) {
   return a.scalar_type() == dtype ? a : torch::stable::to(a, dtype);
 }
-// S ← S − XᵀX, the lower triangles of S (N, d, d), X (N, m, d): this module's own op.
-inline void subtract_gram_(const Tensor& s, const Tensor& x) {
-  dispatch("sst_kernels::syrk_accumulate_", "", s, x, std::optional<Tensor>(), -1.0, 1.0, std::string("ieee"), true);
-}
 inline Tensor index_select(const Tensor& a, int64_t dim, const Tensor& index) {
   return take(dispatch("aten::index_select", "", a, dim, index)[0]);
 }

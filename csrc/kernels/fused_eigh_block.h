@@ -9,9 +9,7 @@
 //             (consecutive triangle numbers differ mod 32). Vectors one to a row. About 2 n² elements in all: float32
 //             up to n = 169 and float64 up to 119 in 227 KiB, 143 and 101 in 163 KiB.
 // Cost        a round is two barriers, n² reads and n² writes of the vectors and half as many of C; device memory sees
-// A, B
-//             and the results alone.
-// results.
+//             A, B and the results alone.
 #pragma once
 
 #include <cmath>

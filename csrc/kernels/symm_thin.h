@@ -1,9 +1,8 @@
 // symm_thin and symm_thin_pair: for every member of a batch, and one or two symmetric matrices,
 //     Y_k = A_k X,   A_k (n, n) of which only the lower triangle, diagonal included, is read,   X (n, m), m small.
 //
-// Layout      A: rows of adjacent elements any distance apart, members any distance apart (0: one matrix for all). X
-// and
-//             Y: any strides; no two elements of any Y at one address. The caller owns all memory.
+// Layout      A: rows of adjacent elements any distance apart, members any distance apart (0: one matrix for all).
+//             X and Y: any strides; no two elements of any Y at one address. The caller owns all memory.
 // Scheme      every element of A is read once and used twice: y_i += a_ij x_j, y_j += a_ij x_i. Rows fall into blocks;
 //             a unit of work is the tile of A between two blocks, and adds to these two blocks of Y. The units are
 //             ordered as the rounds of a tournament (Pairing), so that those of a round touch no block in common, and a

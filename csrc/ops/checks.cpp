@@ -42,6 +42,13 @@ std::string device_name(const Tensor& tensor) {
   return type + ":" + std::to_string(tensor.get_device_index());
 }
 
+bool same_sizes(const Tensor& a, const Tensor& b, int64_t dims) {
+  for (int64_t i = 0; i < dims; ++i) {
+    if (a.size(i) != b.size(i)) return false;
+  }
+  return true;
+}
+
 void check_floating(const Argument& x) {
   const ScalarType dtype = x.tensor.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::BFloat16 &&
@@ -49,6 +56,10 @@ void check_floating(const Argument& x) {
     fail(x.op, ": ", x.name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype),
          "; convert it with ", x.name, ".to(torch.float32)");
   }
+}
+
+void check_wide(const Argument& x) {
+  if (x.tensor.scalar_type() != ScalarType::Double) check_dtype(x, ScalarType::Float, "or float64");
 }
 
 void check_dtype(const Argument& x, ScalarType expected, const char* reason) {

@@ -39,9 +39,13 @@ struct Batch {
 std::string shape_of(const Tensor& tensor);  // "(100, 64)"
 const char* dtype_name(ScalarType dtype);    // "float32"
 std::string device_name(const Tensor& tensor);
+// Whether two tensors, of `dims` dimensions or more, agree in the first `dims` sizes.
+bool same_sizes(const Tensor& a, const Tensor& b, int64_t dims);
 
 // float32, float64, bfloat16 or float16.
 void check_floating(const Argument& x);
+// float32 or float64.
+void check_wide(const Argument& x);
 void check_dtype(const Argument& x, ScalarType expected, const char* reason);
 void check_same_device(const Argument& x, const Argument& reference);
 // Elements of a row adjacent.
@@ -70,6 +74,13 @@ void visit_floating(ScalarType dtype, F f) {
     default:
       return f.template operator()<float>();
   }
+}
+
+// The same for a dtype that check_wide has passed.
+template <class F>
+void visit_wide(ScalarType dtype, F f) {
+  if (dtype == ScalarType::Double) return f.template operator()<double>();
+  f.template operator()<float>();
 }
 
 template <class T>

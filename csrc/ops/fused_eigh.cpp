@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
-#include "kernels/fused_eigh.h"
+#include "aten/aten.h"
 #include "kernels/panel.h"
+#include "matrices.h"
 #include "parallel.h"
 #ifdef SST_WITH_CUDA
 #include "stream.h"
@@ -28,22 +28,14 @@ void check_pencils(const Argument& a, const Argument& b) {
   for (const Argument* x : {&a, &b}) {
     const Tensor& t = x->tensor;
     if (t.dim() < 2 || t.size(-1) != t.size(-2)) fail(kOp, ": ", x->name, " must be (…, n, n), got ", shape_of(t));
-    if (t.scalar_type() != ScalarType::Double) check_dtype(*x, ScalarType::Float, "or float64");
+    check_wide(*x);
   }
   check_dtype(b, a.tensor.scalar_type(), "as A");
   check_same_device(b, a);
-  bool same = a.tensor.dim() == b.tensor.dim();
-  for (int64_t i = 0; same && i < a.tensor.dim(); ++i) same = a.tensor.size(i) == b.tensor.size(i);
-  if (!same) {
+  if (a.tensor.dim() != b.tensor.dim() || !same_sizes(a.tensor, b.tensor, a.tensor.dim())) {
     fail(kOp, ": A and B must have one shape, got ", shape_of(a.tensor), " and ", shape_of(b.tensor),
          "; broadcast them with .expand()");
   }
-}
-
-// An ATen op that may fail: false then.
-template <size_t N>
-bool call(const char* name, std::array<StableIValue, N>& stack) {
-  return torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == TORCH_SUCCESS;
 }
 
 // The same pencil by LAPACK, through ATen: its steps are those of the kernel.
@@ -67,34 +59,25 @@ struct ByLapack {
     return sum == 0;
   }
 
-  static Tensor solve_triangular(const Tensor& l, const Tensor& x, bool upper, bool left) {
-    using torch::stable::detail::from;
-    std::array<StableIValue, 5> stack{from(l), from(x), from(upper), from(left), from(false)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::linalg_solve_triangular", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
-  }
-
   int32_t solve(int64_t member) const {
-    using torch::stable::detail::from;
-    using torch::stable::detail::to;
+    using aten::solve_triangular, aten::transposed, torch::stable::contiguous;
     const int64_t n = args.n;
     const Tensor a = torch::stable::new_empty(like, {n, n}), b = torch::stable::new_empty(like, {n, n});
     if (!read(args.a, member, a) || !read(args.b, member, b)) return kFusedNotFinite;
-    std::array<StableIValue, 3> factor{from(b), from(false), from(false)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::linalg_cholesky_ex", "", factor.data(), TORCH_ABI_VERSION));
-    const Tensor l = to<Tensor>(factor[0]), info = to<Tensor>(factor[1]);
+    const auto [l, info] = aten::cholesky_ex(b);
     if (*data<int32_t>(info) != 0) return kFusedIndefinite;
-    const Tensor lt = torch::stable::transpose(l, 0, 1);
-    const Tensor c = torch::stable::contiguous(solve_triangular(l, solve_triangular(lt, a, true, false), false, true));
+    const Tensor lt = transposed(l);
+    const Tensor c = contiguous(solve_triangular(l, solve_triangular(lt, a, true, false), false, true));
     T sum = 0;
     for (int64_t i = 0; i < n * n; ++i) sum += data<T>(c)[i] - data<T>(c)[i];
     if (sum != 0) return kFusedNotFinite;
-    std::array<StableIValue, 2> eigen{from(c), from(std::string("L"))};
-    if (!call("aten::linalg_eigh", eigen)) return kFusedNotConverged;
-    const Tensor values = to<Tensor>(eigen[0]), y = to<Tensor>(eigen[1]);
-    const Tensor v = torch::stable::contiguous(torch::stable::transpose(solve_triangular(lt, y, true, true), 0, 1));
+    // Not aten::linalg_eigh, which throws where this may fail.
+    std::array eigen{torch::stable::detail::from(c), torch::stable::detail::from(std::string("L"))};
+    if (torch_call_dispatcher("aten::linalg_eigh", "", eigen.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
+      return kFusedNotConverged;
+    }
+    const Tensor values = aten::take(eigen[0]), y = aten::take(eigen[1]);
+    const Tensor v = contiguous(transposed(solve_triangular(lt, y, true, true)));
     T* const out = args.vectors + member * n * n;
     std::copy_n(data<T>(values), n, args.values + member * n);
     std::copy_n(data<T>(v), n * n, out);
@@ -111,13 +94,6 @@ struct ByLapack {
     }
   }
 };
-
-// f.operator()<T>() for float or double.
-template <class F>
-void visit_wide(const Tensor& on, F f) {
-  if (on.scalar_type() == ScalarType::Double) return f.template operator()<double>();
-  f.template operator()<float>();
-}
 
 template <class T>
 void run(const FusedEigh<T>& args, const Tensor& on) {
@@ -142,11 +118,6 @@ void run(const FusedEigh<T>& args, const Tensor& on) {
   parallel(args.batch, work, [&](auto& next) { ByLapack<T>{args, on}.run(next); });
 }
 
-template <class T>
-Matrices<T> matrices(const Tensor& flat) {
-  return {data<T>(flat), flat.stride(0), flat.stride(1), flat.stride(2)};
-}
-
 }  // namespace
 
 int64_t fused_eigh_limit([[maybe_unused]] const Tensor& like) {
@@ -154,7 +125,7 @@ int64_t fused_eigh_limit([[maybe_unused]] const Tensor& like) {
 #ifdef SST_WITH_CUDA
   if (like.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-    visit_wide(like, [&]<class T>() { limit = fused_eigh_cuda_limit<T>(); });
+    visit_wide(like.scalar_type(), [&]<class T>() { limit = fused_eigh_cuda_limit<T>(); });
   }
 #endif
   return limit;
@@ -177,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> fused_eigh(const Tensor& a, const Tensor& b) 
   if (rows.numel() > 0) {
     // A view where the strides allow it, else a copy.
     const Tensor flat_a = torch::stable::reshape(a, {batch, n, n}), flat_b = torch::stable::reshape(b, {batch, n, n});
-    visit_wide(a, [&]<class T>() {
+    visit_wide(a.scalar_type(), [&]<class T>() {
       run(FusedEigh<T>{matrices<T>(flat_a), matrices<T>(flat_b), mutable_data<T>(values), mutable_data<T>(rows),
                        mutable_data<int32_t>(info), batch, n},
           a);

@@ -8,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "kernels/panel.h"
+#include "matrices.h"
 #include "parallel.h"
 
 namespace sst {
@@ -21,19 +21,14 @@ constexpr const char* kOp = "_leading_eigh";
 // Status of a pencil that is solved: CONVERGED | VERIFIED of sst_kernels/result.py.
 constexpr int64_t kSolved = 1 | 2;
 
-template <class T>
-Matrices<T> matrices(const Tensor& x) {
-  return {data<T>(x), x.stride(0), x.stride(1), x.stride(2)};
-}
-
 // (values, vectors, errors, orthogonality, status) of leading_eigh.h.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> leading_eigh(const Tensor& a, const Tensor& b, int64_t k,
                                                                 double tol) {
-  if (a.scalar_type() != ScalarType::Double) check_dtype({kOp, "A", a}, ScalarType::Float, "or float64");
+  check_wide({kOp, "A", a});
   check_dtype({kOp, "B", b}, a.scalar_type(), "as A");
-  bool same = a.dim() >= 2 && a.dim() == b.dim() && a.size(-1) == a.size(-2);
-  for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
-  if (!same) fail(kOp, ": A and B must both be (…, n, n), got ", shape_of(a), " and ", shape_of(b));
+  if (a.dim() < 2 || a.dim() != b.dim() || a.size(-1) != a.size(-2) || !same_sizes(a, b, a.dim())) {
+    fail(kOp, ": A and B must both be (…, n, n), got ", shape_of(a), " and ", shape_of(b));
+  }
   const int64_t n = a.size(-1);
   if (k < 1 || k > n) fail(kOp, ": k must be in 1..n with n = ", n, ", got ", k);
   std::vector<int64_t> sizes;
@@ -47,7 +42,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> leading_eigh(const Tensor& a,
   const ScalarType dtype = a.scalar_type();
   const Tensor values = empty({std::min(k + 1, n)}, dtype), vectors = empty({n, k}, dtype), errors = empty({k}, dtype);
   const Tensor orthogonality = empty({}, dtype), status = empty({}, ScalarType::Long);
-  const auto run = [&]<class T>() {
+  if (batch == 0) return {values, vectors, errors, orthogonality, status};
+  visit_wide(dtype, [&]<class T>() {
     // A view where the strides allow it, else a copy.
     const Tensor flat_a = torch::stable::reshape(a, {batch, n, n}), flat_b = torch::stable::reshape(b, {batch, n, n});
     const LeadingEigh<T> args{matrices<T>(flat_a),
@@ -64,13 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> leading_eigh(const Tensor& a,
     const int set = instruction_set_in_use();
     parallel(batch, 4 * n * n * n * batch, [&](auto& next) { leading_eigh_cpu(set, args, next); });
     for (int64_t i = 0; i < batch; ++i) args.sound[i] *= kSolved;
-  };
-  if (batch == 0) return {values, vectors, errors, orthogonality, status};
-  if (dtype == ScalarType::Double) {
-    run.template operator()<double>();
-  } else {
-    run.template operator()<float>();
-  }
+  });
   return {values, vectors, errors, orthogonality, status};
 }
 

@@ -16,15 +16,8 @@ namespace {
 
 constexpr const char* op = "_residual";
 
-bool same_shape(const Tensor& a, const Tensor& b, int64_t dims) {
-  for (int64_t i = 0; i < dims; ++i) {
-    if (a.size(i) != b.size(i)) return false;
-  }
-  return true;
-}
-
 void check_vectors(const Argument& v, const Argument& x) {
-  if (v.tensor.dim() != 3 || !same_shape(v.tensor, x.tensor, 3)) {
+  if (v.tensor.dim() != 3 || !same_sizes(v.tensor, x.tensor, 3)) {
     fail(op, ": ", v.name, " must be ", shape_of(x.tensor), " as X is, got ", shape_of(v.tensor));
   }
   check_dtype(v, x.tensor.scalar_type(), "to match X");
@@ -33,7 +26,7 @@ void check_vectors(const Argument& v, const Argument& x) {
 }
 
 void check_theta(const Argument& theta, const Argument& x) {
-  if (theta.tensor.dim() != 2 || !same_shape(theta.tensor, x.tensor, 2)) {
+  if (theta.tensor.dim() != 2 || !same_sizes(theta.tensor, x.tensor, 2)) {
     fail(op, ": theta must be (", x.tensor.size(0), ", ", x.tensor.size(1), ") to match X ", shape_of(x.tensor),
          ", got ", shape_of(theta.tensor));
   }
@@ -63,7 +56,7 @@ void run(const Residual<T>& args, [[maybe_unused]] const Tensor& on) {
 std::tuple<Tensor, Tensor> residual(const Tensor& ax, const Tensor& bx, const Tensor& x, const Tensor& theta) {
   const Argument arg_x{op, "X", x};
   if (x.dim() != 3) fail(op, ": X must be (N, m, n), got ", shape_of(x));
-  if (x.scalar_type() != ScalarType::Double) check_dtype(arg_x, ScalarType::Float, "or float64");
+  check_wide(arg_x);
   check_unit_stride(arg_x);
   check_vectors({op, "AX", ax}, arg_x);
   check_vectors({op, "BX", bx}, arg_x);
@@ -71,16 +64,11 @@ std::tuple<Tensor, Tensor> residual(const Tensor& ax, const Tensor& bx, const Te
   const int64_t batch = x.size(0), rows = x.size(1), n = x.size(2);
   const Tensor r = torch::stable::new_empty(x, {batch, rows, n}, x.scalar_type());
   const Tensor norms = torch::stable::new_empty(x, {batch, rows, kResidualNorms}, ScalarType::Double);
-  const auto visit = [&]<class T>() {
+  visit_wide(x.scalar_type(), [&]<class T>() {
     run(Residual<T>{vectors<T>(ax), vectors<T>(bx), vectors<T>(x), vectors<double>(theta), mutable_data<T>(r),
                     mutable_data<double>(norms), batch, rows, n},
         x);
-  };
-  if (x.scalar_type() == ScalarType::Double) {
-    visit.template operator()<double>();
-  } else {
-    visit.template operator()<float>();
-  }
+  });
   return {r, norms};
 }
 

@@ -35,15 +35,15 @@ void solve(const Tensor& packed, const Tensor& x, const Tensor& y) {
 
 Tensor pack_factors(const Tensor& factors) {
   const Tensor factor = torch::stable::contiguous(factors);  // LAPACK's come by columns
-  const Tensor packed = torch::stable::new_empty(factor, {factor.size(0), packed_factor_size(factor.size(1))},
-                                                 factor.scalar_type());
-  factor.scalar_type() == ScalarType::Double ? pack<double>(factor, packed) : pack<float>(factor, packed);
+  const Tensor packed =
+      torch::stable::new_empty(factor, {factor.size(0), packed_factor_size(factor.size(1))}, factor.scalar_type());
+  visit_wide(factor.scalar_type(), [&]<class T>() { pack<T>(factor, packed); });
   return packed;
 }
 
 Tensor solve_thin(const Tensor& packed, const Tensor& x) {
   const Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type());
-  x.scalar_type() == ScalarType::Double ? solve<double>(packed, x, y) : solve<float>(packed, x, y);
+  visit_wide(x.scalar_type(), [&]<class T>() { solve<T>(packed, x, y); });
   return y;
 }
 

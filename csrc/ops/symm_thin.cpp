@@ -18,16 +18,12 @@ namespace sst {
 namespace {
 
 bool same_leading(const Tensor& a, const Tensor& x) {
-  if (a.dim() != x.dim()) return a.dim() == 2;
-  for (int64_t i = 0; i < x.dim() - 2; ++i) {
-    if (a.size(i) != x.size(i)) return a.dim() == 2;
-  }
-  return true;
+  return a.dim() == 2 || (a.dim() == x.dim() && same_sizes(a, x, x.dim() - 2));
 }
 
 void check_block(const Argument& x) {
   if (x.tensor.dim() < 2) fail(x.op, ": X must be (…, n, m), got ", shape_of(x.tensor));
-  if (x.tensor.scalar_type() != ScalarType::Double) check_dtype(x, ScalarType::Float, "or float64");
+  check_wide(x);
 }
 
 // Returns the strides of A's batch.
@@ -104,11 +100,7 @@ std::vector<Tensor> multiply(const std::vector<Argument>& matrices, const Argume
   for (const Factor& factor : factors) out.push_back(factor.y);
   if (x.tensor.numel() == 0) return out;
   const Batch batch = flatten_batch(x, 2);
-  if (x.tensor.scalar_type() == ScalarType::Double) {
-    multiply<double>(factors, x.tensor, batch);
-  } else {
-    multiply<float>(factors, x.tensor, batch);
-  }
+  visit_wide(x.tensor.scalar_type(), [&]<class T>() { multiply<T>(factors, x.tensor, batch); });
   return out;
 }
 

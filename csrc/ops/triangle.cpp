@@ -16,7 +16,7 @@ namespace sst {
 namespace {
 
 void check_accumulator(const Argument& x) {
-  if (x.tensor.scalar_type() != ScalarType::Double) check_dtype(x, ScalarType::Float, "or float64");
+  check_wide(x);
   check_unit_stride(x);
 }
 
@@ -42,14 +42,12 @@ void run(const Triangle<A>& args, TriangleCopy what, [[maybe_unused]] const Tens
 // `packed` may be null.
 void copy_triangle(const Tensor& square, Batch square_batch, const Tensor* packed, Batch packed_batch,
                    TriangleCopy what) {
-  const auto visit = [&]<class A>() {
+  visit_wide(square.scalar_type(), [&]<class A>() {
     run(Triangle<A>{mutable_data<A>(square), square_batch.stride, square.stride(-2),
                     packed ? mutable_data<A>(*packed) : nullptr, packed_batch.stride, square_batch.count,
                     square.size(-1)},
         what, square);
-  };
-  if (square.scalar_type() == ScalarType::Double) return visit.template operator()<double>();
-  visit.template operator()<float>();
+  });
 }
 
 std::vector<int64_t> leading(const Tensor& x, int64_t trailing) {

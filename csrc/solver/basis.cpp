@@ -25,12 +25,14 @@ Tensor spread(const Tensor& t, const Tensor& s, const Tensor& bs) {
 
 }  // namespace
 
-Basis::Basis(const Tensor& like, int64_t batch, int64_t n, int64_t capacity)
-    : h_(torch::stable::new_empty(like, {batch, capacity, capacity}, ScalarType::Double)),
-      valid_(torch::stable::new_zeros(like, {batch, capacity}, ScalarType::Double)),
-      notes_(torch::stable::new_zeros(like, {batch, 2}, ScalarType::Double)),
+Basis::Basis(const Tensor& like, int64_t capacity)
+    : h_(torch::stable::new_empty(like, {like.size(0), capacity, capacity}, ScalarType::Double)),
+      valid_(torch::stable::new_zeros(like, {like.size(0), capacity}, ScalarType::Double)),
+      notes_(torch::stable::new_zeros(like, {like.size(0), 2}, ScalarType::Double)),
       drop_(like.scalar_type() == ScalarType::Double ? kDropDouble : kDropFloat) {
-  for (Tensor& part : parts_) part = torch::stable::new_empty(like, {batch, capacity, n}, like.scalar_type());
+  for (Tensor& part : parts_) {
+    part = torch::stable::new_empty(like, {like.size(0), capacity, like.size(2)}, like.scalar_type());
+  }
 }
 
 void Basis::append(Tensor t, const Operator& a, const Operator& b, bool careful) {

@@ -9,8 +9,8 @@ namespace sst {
 
 class Basis {
  public:
-  // Room for `capacity` vectors of order n, in the dtype and on the device of `like`.
-  Basis(const Tensor& like, int64_t batch, int64_t n, int64_t capacity);
+  // Room for `capacity` vectors to a pencil, in the order, the dtype and on the device of those of `like` (N, p, n).
+  Basis(const Tensor& like, int64_t capacity);
 
   int64_t locked() const { return locked_; }
   int64_t size() const { return size_; }  // without the locked

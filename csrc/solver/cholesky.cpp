@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <tuple>
 
 #include "ops/solve_thin.h"
@@ -55,12 +56,18 @@ std::vector<double> to_host(const Tensor& x) {
   return {data, data + host.numel()};
 }
 
+// S ← S − XᵀX, the lower triangles of S (N, d, d), X (N, m, d).
+void subtract_gram_(const Tensor& s, const Tensor& x) {
+  const std::optional<Tensor> weight;
+  aten::dispatch("sst_kernels::syrk_accumulate_", "", s, x, weight, -1.0, 1.0, std::string("ieee"), true);
+}
+
 // Rows and columns of a block of `factorize_in_blocks`; below some of them torch's own is as fast.
 constexpr int64_t kBlock = 192, kFewBlocks = 6;
 
 // L (N, n, n) of the lower triangles of B, its upper triangle without meaning, and info (N), > 0 where there is no
-// factor. By blocks of columns: the factor L_jj of a diagonal block, L_ij = A_ij L_jj⁻ᵀ below it, and A_ii ← A_ii − L_ij
-// L_ijᵀ by our own symmetric update, which is what the time goes into.
+// factor. By blocks of columns: the factor L_jj of a diagonal block, L_ij = A_ij L_jj⁻ᵀ below it, and A_ii ← A_ii −
+// L_ij L_ijᵀ by our own symmetric update, which is what the time goes into.
 std::pair<Tensor, Tensor> factorize_in_blocks(const Tensor& b, ScalarType dtype) {
   const int64_t n = b.size(1);
   const Tensor a = torch::stable::new_empty(b, {b.size(0), n, n}, dtype);
@@ -86,7 +93,7 @@ std::pair<Tensor, Tensor> factorize_in_blocks(const Tensor& b, ScalarType dtype)
     const Tensor inverse = aten::solve_triangular(factor, aten::eye_like(factor, size), false, true);
     const Tensor below = block(a, first + size, rest, first, size), rows = aten::matmul(inverse, transposed(below));
     aten::copy_(below, transposed(rows));
-    aten::subtract_gram_(block(a, first + size, rest, first + size, rest), rows);
+    subtract_gram_(block(a, first + size, rest, first + size, rest), rows);
   });
   return {a, info};
 }

@@ -47,10 +47,10 @@ class Projected {
 
 }  // namespace
 
-Tensor solve_correction(const OperatorPtr& a, const OperatorPtr& b, const OperatorPtr& inverse, const Tensor& q,
-                        const Tensor& bq, const Tensor& theta, const Tensor& residual, int64_t steps) {
+Tensor solve_correction(const Pencil& pencil, const Tensor& q, const Tensor& bq, const Tensor& theta,
+                        const Tensor& residual, int64_t steps) {
   const ScalarType dtype = residual.scalar_type();
-  const Projected projected(inverse, q, bq);
+  const Projected projected(pencil.inverse, q, bq);
   Tensor g = projected.project(residual), z = projected.precondition(g);
   const Tensor first = z;
   Tensor t = torch::stable::new_zeros(g, {g.size(0), g.size(1), g.size(2)}), d = z, rho = dots(g, z);
@@ -59,7 +59,7 @@ Tensor solve_correction(const OperatorPtr& a, const OperatorPtr& b, const Operat
       mul(dots(g, g), torch::stable::full({1, 1, 1}, kTenfold, ScalarType::Double, std::nullopt, g.device()));
   const Tensor shift = to_dtype(theta, dtype);
   for (int64_t step = 0; step < steps; ++step) {
-    const auto [ad, bd] = apply_both(*a, *b, d);
+    const auto [ad, bd] = apply_both(*pencil.a, *pencil.b, d);
     const Tensor w = projected.project(subtract(mul(bd, shift), ad)), curvature = dots(d, w);
     const Tensor alive = aten::logical_and(aten::gt(curvature, zero), aten::gt(dots(g, g), enough));
     const Tensor alpha = aten::where(alive, div(rho, curvature), zero), along = to_dtype(alpha, dtype);

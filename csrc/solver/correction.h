@@ -12,7 +12,7 @@ namespace sst {
 // projected: g ↦ K⁻¹g − Z (QᵀBZ)⁻¹ QᵀBK⁻¹g with Z = K⁻¹BQ. A row stops when its residual has fallen tenfold, or at a
 // direction of no positive curvature; without any step it gets the projected K⁻¹r (Olsen 1990). Each of the steps, one
 // or more, applies A, B and K⁻¹ to p rows; K⁻¹ is applied to q rows first.
-Tensor solve_correction(const OperatorPtr& a, const OperatorPtr& b, const OperatorPtr& inverse, const Tensor& q,
-                        const Tensor& bq, const Tensor& theta, const Tensor& residual, int64_t steps);
+Tensor solve_correction(const Pencil& pencil, const Tensor& q, const Tensor& bq, const Tensor& theta,
+                        const Tensor& residual, int64_t steps);
 
 }  // namespace sst

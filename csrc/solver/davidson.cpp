@@ -45,16 +45,14 @@ class Iteration {
         options_(options),
         counts_(counts),
         observer_(observer),
-        basis_(start, start.size(0), start.size(2),
-               std::max(options.capacity + (options.k > options.window ? options.k : 0), start.size(1))),
-        progress_(start.size(0)),
-        returned_(options.k + std::max<int64_t>(options.keep - options.window, 1)) {
-    const int64_t batch = start.size(0);
+        basis_(start, std::max(options.capacity + (options.k > options.window ? options.k : 0), start.size(1))),
+        progress_(start.size(0)) {
+    const int64_t batch = start.size(0), returned = options.returned();
     for (int64_t i = 0; i < batch; ++i) progress_[i].original = i;
-    found_ = {.theta = torch::stable::new_zeros(norms, {batch, returned_}),
-              .vectors = torch::stable::new_zeros(start, {batch, returned_, start.size(2)}),
+    found_ = {.theta = torch::stable::new_zeros(norms, {batch, returned}),
+              .vectors = torch::stable::new_zeros(start, {batch, returned, start.size(2)}),
               // 1 for pairs that are never judged.
-              .eta = torch::stable::full({batch, returned_}, 1.0, ScalarType::Double, std::nullopt, norms.device()),
+              .eta = torch::stable::full({batch, returned}, 1.0, ScalarType::Double, std::nullopt, norms.device()),
               .outcome = std::vector<Outcome>(batch, Outcome::max_iterations),
               .guard_error = std::vector<double>(batch, 0),
               .certified = std::vector<bool>(batch, false)};
@@ -165,7 +163,7 @@ class Iteration {
       step.any_finished = true;
     }
     const bool worthwhile = missing > window && 2 * leading >= window;
-    if (worthwhile && basis_.size() > leading + options_.window) step.lock = std::min(leading, missing - 1);
+    if (worthwhile && basis_.size() > leading + options_.window) step.lock = leading;
     return step;
   }
 
@@ -200,7 +198,8 @@ class Iteration {
     const auto put = [&](const Tensor& whole, int64_t first, const Tensor& part, int64_t rows) {
       aten::put_rows(slice(whole, 1, first, rows), to, aten::index_select(slice(part, 1, 0, rows), 0, from));
     };
-    const int64_t locked = basis_.locked(), count = std::min(returned_ - locked, basis_.size());
+    const int64_t returned = options_.returned();
+    const int64_t locked = basis_.locked(), count = std::min(returned - locked, basis_.size());
     if (locked > 0) {
       put(found_.vectors, 0, basis_.locked_rows(Basis::kVectors), locked);
       put(found_.theta, 0, locked_theta_, locked);
@@ -210,8 +209,8 @@ class Iteration {
     put(found_.theta, locked, ritz.theta, count);
     put(found_.eta, locked, pairs.judgement.eta, std::min(pairs.judgement.eta.size(1), count));
     // Where the basis holds too few, random ones: they are judged, and improved, as any others.
-    for (int64_t first = locked + count; first < returned_; first += fresh_.size(1)) {
-      const int64_t rows = std::min(fresh_.size(1), returned_ - first);
+    for (int64_t first = locked + count; first < returned; first += fresh_.size(1)) {
+      const int64_t rows = std::min(fresh_.size(1), returned - first);
       put(found_.vectors, first, fresh_rows(rows), rows);
     }
     aten::put_rows(norms_, to, aten::index_select(running_norms_, 0, from));
@@ -266,7 +265,7 @@ class Iteration {
 
   Tensor fresh_rows(int64_t count) {
     const int64_t n = fresh_.size(2);
-    const Tensor rows = slice(aten::roll(fresh_, (7919 * ++rolls_) % n), 1, 0, count);
+    const Tensor rows = aten::roll(slice(fresh_, 1, 0, count), (7919 * ++rolls_) % n);
     return aten::expand(rows, {active(), count, n});
   }
 
@@ -283,8 +282,7 @@ class Iteration {
       const int64_t locked = basis_.locked();
       const auto joined = [&](const Tensor& rows, const Tensor& x) { return locked > 0 ? aten::cat({rows, x}, 1) : x; };
       const Tensor q = joined(basis_.locked_rows(Basis::kVectors), pairs.x);
-      t = solve_correction(pencil_.a, pencil_.b, pencil_.inverse, q, joined(basis_.locked_rows(Basis::kB), pairs.bx),
-                           theta, r, steps);
+      t = solve_correction(pencil_, q, joined(basis_.locked_rows(Basis::kB), pairs.bx), theta, r, steps);
       counts_.a += steps * block;
       counts_.b += steps * block;
       counts_.inverse += steps * block + q.size(1);
@@ -332,7 +330,7 @@ class Iteration {
   const Observer& observer_;
   Basis basis_;
   std::vector<Progress> progress_;
-  int64_t returned_, rolls_ = 0;
+  int64_t rolls_ = 0;
   Found found_;
   std::optional<Tensor> previous_;    // (N, p, m of then): coefficients of the block before
   Tensor locked_theta_, locked_eta_;  // (N, locked)

@@ -5,17 +5,13 @@
 // taken for a batch of pencils, each with as many new directions as the one in most need.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 
 #include "kernels/ritz.h"
 #include "operator.h"
 
 namespace sst {
-
-struct Pencil {
-  OperatorPtr a, b, inverse;  // K⁻¹ ≈ B⁻¹, symmetric positive definite
-  bool separable() const { return a->separable() && b->separable() && inverse->separable(); }
-};
 
 struct Options {
   int64_t k;               // wanted
@@ -26,6 +22,9 @@ struct Options {
   int64_t window;          // wanted pairs that are sought at once; locked when they have converged
   int64_t max_iterations;
   int64_t inner;  // most steps of the correction equation's solver, once a pencil proves hard
+
+  // How many pairs come back: those wanted, and what is kept beside the window.
+  int64_t returned() const { return k + std::max<int64_t>(keep - window, 1); }
 };
 
 enum class Outcome : int64_t {
@@ -58,7 +57,7 @@ constexpr int64_t kReported = kReportSize + 2;  // a report, and the notes of th
 // Called once an iteration with the reports (N, kReported); it may throw to end the iteration.
 using Observer = std::function<void(const double* report, int64_t pencils)>;
 
-// From the rows `start` (N, p, n); `fresh` (N, q, n) are random rows for a pencil that stagnates. `norms` (N, 2),
+// From the rows `start` (N, p, n); `fresh` (1, q, n) are random rows for a pencil that stagnates. `norms` (N, 2),
 // estimates of ‖A‖ and ‖B‖ from below, grow. One host synchronisation an iteration, and one more where pencils finish;
 // torch's eigh adds its own on CUDA for more than `fused_eigh_limit` vectors.
 Found davidson(const Pencil& pencil, const Tensor& start, const Tensor& fresh, const Tensor& norms,

@@ -27,6 +27,12 @@ class Operator {
 };
 using OperatorPtr = std::shared_ptr<const Operator>;
 
+// A batch of pencils (A, B), with its preconditioner.
+struct Pencil {
+  OperatorPtr a, b, inverse;  // K⁻¹ ≈ B⁻¹, symmetric positive definite
+  bool separable() const { return a->separable() && b->separable() && inverse->separable(); }
+};
+
 // AX and BX; for two dense operators in one pass over X.
 std::pair<Tensor, Tensor> apply_both(const Operator& a, const Operator& b, const Tensor& x);
 

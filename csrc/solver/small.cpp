@@ -66,7 +66,7 @@ SmallEigen ritz_pairs(const Tensor& h, const Tensor& valid) {
                         .largest = doubles(largest)};
   SST_RUN(ritz_matrix, args, m * m, h);
   const auto [values, rows] = standard_eigh(negated);
-  return {aten::neg(values), rows, aten::neg(negated), sorted_valid, broken};
+  return {aten::neg(values), rows, aten::neg(negated), sorted_valid};
 }
 
 Orthonormal orthonormalizer(const Tensor& c, const Tensor& g, const Tensor* magnitude, double drop, double rounding,

@@ -13,9 +13,9 @@ struct SmallEigen {
   Tensor rows;    // (N, m, m) float64: row i holds the coefficients of Ritz vector i
   Tensor matrix;  // (N, m, m) float64: H
   Tensor valid;   // (N, m) float64: 1 for a vector, 0 for none; those come last
-  Tensor broken;  // (N) float64: 1 where H is not finite, and I was decomposed in its place
 };
 // Eigenpairs of H (N, m, m), of which the lower triangle is read; rows that are no vector (valid (N, m) = 0) come last.
+// Where H is not finite, those of I.
 SmallEigen ritz_pairs(const Tensor& h, const Tensor& valid);
 
 struct Orthonormal {

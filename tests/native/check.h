@@ -1,9 +1,11 @@
-// What the native tests share: small integers, whose float32 sums are exact and compared by ==.
+// What the native tests share: small integers, whose float32 sums are exact and compared by ==, and threads.
 #pragma once
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "kernels/scalar.h"
@@ -44,6 +46,15 @@ std::vector<T> random_integers(int64_t count) {
   std::vector<T> values(count);
   for (T& value : values) value = encode<T>(small_integer());
   return values;
+}
+
+// share(next) on three threads at once.
+template <class Share>
+void run_threads(Share share) {
+  std::atomic<int64_t> next{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) threads.emplace_back([&] { share(next); });
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace sst

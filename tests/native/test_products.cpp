@@ -1,11 +1,9 @@
 // The products of symmetric matrices with thin blocks, and residuals, against plain loops, on the CPU with several
 // threads and by every instruction set, and as the CUDA kernels do it, thread after thread (emulated_block.h). Small
 // integers, compared by ==; what is not to be read is NaN, every buffer ends where its data end.
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <set>
-#include <thread>
 #include <vector>
 
 #include "emulated_block.h"
@@ -80,15 +78,6 @@ struct Case {
     }
   }
 };
-
-// share(next) on three threads at once.
-template <class Share>
-void run_threads(Share share) {
-  std::atomic<int64_t> next{0};
-  std::vector<std::thread> threads;
-  for (int i = 0; i < 3; ++i) threads.emplace_back([&] { share(next); });
-  for (std::thread& thread : threads) thread.join();
-}
 
 template <class T>
 void test_cpu(Case<T> test, int set) {

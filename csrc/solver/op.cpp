@@ -5,10 +5,10 @@
 #include <limits>
 #include <optional>
 
-#include "checks.h"
-#include "solver/cholesky.h"
-#include "solver/interrupt.h"
-#include "solver/solve.h"
+#include "cholesky.h"
+#include "interrupt.h"
+#include "ops/checks.h"
+#include "solve.h"
 
 namespace sst {
 
@@ -100,7 +100,7 @@ Solution solve_good(const Call& call, const Tensor& rows, const Tensor& fresh, b
   const OperatorPtr identity = identity_operator(*factor);
   pencil = {dense_operator(congruence(*dense_matrix(*pencil.a), *factor)), identity, identity};
   start = aten::to_dtype(start, ScalarType::Double);
-  if (warm) start = aten::matmul(start, *factor);
+  if (warm) start = aten::matmul(start, aten::tril(*factor));
   Solution found = solve(pencil, start, warm, aten::to_dtype(fresh, ScalarType::Double), options, false, observer);
   found.vectors = aten::to_dtype(solve_adjoint(*factor, found.vectors), rows.scalar_type());
   return found;
@@ -127,7 +127,7 @@ std::vector<Tensor> davidson_op(const std::vector<Tensor>& tensors, const std::v
                                 const Tensor& rows, const Tensor& fresh, const std::vector<int64_t>& numbers,
                                 const std::vector<double>& tolerances) {
   const Options options = read_options(numbers, tolerances);
-  const int64_t batch = rows.size(0), r = options.k + std::max<int64_t>(options.keep - options.window, 1);
+  const int64_t batch = rows.size(0), r = options.returned();
   Call call = prepare(tensors, a_code, b_code, inverse_code, batch);
   const auto blank = [&](const std::vector<int64_t>& sizes, ScalarType dtype) {
     return torch::stable::full(sizes, std::numeric_limits<double>::quiet_NaN(), dtype, std::nullopt, rows.device());
