@@ -334,7 +334,7 @@ def test_warm_start_beside_a_large_ill_conditioned_b():
     b[torch.ones(n, n).triu(1) == 1] = torch.nan
     exact = solve(Pencil(a, b), 3, method="davidson").vectors
     result = solve(Pencil(a, b), 2, method="davidson", options=DavidsonOptions(start=exact))
-    assert result.converged and result.counts.iterations == 0, result.counts
+    assert result.converged and result.history[0, 2] < 1e-10
     np.testing.assert_allclose(result.values, known.values[:2], rtol=1e-5)
 
 
