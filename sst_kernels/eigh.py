@@ -164,7 +164,9 @@ def _from_numpy(x: Any, name: str) -> Tensor:
             f"eigh: {name} must be float32, float64, complex64 or complex128, got {array.dtype}; "
             "convert with .astype(numpy.float64) (factorisations need the digits)"
         )
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+    plain = array.dtype.isnative and array.flags.behaved and min(array.strides, default=0) >= 0
+    # shared, for nothing here writes to it; torch has no other byte orders, nor negative strides
+    return torch.from_numpy(array if plain else np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
 def _columns(n: int, by_index: Sequence[int] | None) -> slice:
@@ -182,7 +184,8 @@ def _hermitian(x: Tensor, lower: bool, check_finite: bool) -> Tensor:
     full = Dense(x if lower else x.mH).to_dense()
     if check_finite and x.shape[-1]:
         parts = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
-        mark = 0 * torch.linalg.vector_norm(parts.flatten(x.dim() - 2), torch.inf, dim=-1)  # 0 or NaN
+        parts = parts.flatten(x.dim() - 2)
+        mark = 0 * parts.amax(-1) + 0 * parts.amin(-1)  # 0 or NaN
         full.diagonal(dim1=-2, dim2=-1).add_(mark[..., None])
     return full
 
