@@ -70,7 +70,7 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def interleaved(
-    candidates: Sequence[Candidate], repeats: int, device: torch.device, *, warmups: int = 3
+    candidates: Sequence[Candidate], repeats: int, device: torch.device, *, warmups: int = 3, pause: float = 0
 ) -> list[float]:
     """Median seconds of each candidate, their calls taking turns.
 
@@ -79,6 +79,8 @@ def interleaved(
         repeats: Timed calls of each.
         device: Where they run; on CUDA each call is timed by events on the device.
         warmups: Calls of each beforehand.
+        pause: Seconds before each call, where candidates have thread pools of their own: an idle one spins for a while
+            after its call, at the expense of the next.
 
     Returns:
         The medians, in the candidates' order.
@@ -90,6 +92,7 @@ def interleaved(
     times: list[list[float]] = [[] for _ in candidates]
     for _ in range(repeats):
         for call, collected in zip(candidates, times, strict=True):
+            time.sleep(pause)
             collected.append(timer(call))
     return [statistics.median(collected) for collected in times]
 
