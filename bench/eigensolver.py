@@ -1,11 +1,11 @@
 """The k largest pairs of a pencil: `solve` against its peers on the CPU, at matched backward error.
 
-    python bench/eigensolver.py [--only ROW ...] [--largest N] [--quick] [--repeats 5] [--out FILE.json]
+    python bench/eigensolver.py [--only ROW ...] [--orders LEAST MOST] [--quick] [--repeats 5] [--out FILE.json]
 
 Pencils: power-law covariances, B damped by 1e-3 of its mean eigenvalue (`eigen_pencils.py`). An iterative peer
 (`eigen_peers.py`) runs at the loosest tolerance, by decades, whose backward error reaches `solve`'s own tolerance; the
-Cholesky factor of B is in everyone's time. All candidates of a case take turns, a pause between them; medians. Rows and
-bars (least speedup):
+Cholesky factor of B is in everyone's time. All candidates of a case take turns, long ones after a pause; medians.
+Rows and bars (least speedup):
   scipy        float64, k = 16, n = 2048, 4096, 8192, beside scipy eigh with subset: 2, 4, 8
   peers        float64, k = 16, n = 4096, beside ARPACK, lobpcg, PRIMME: 4
   float32      k = 32, n = 4096, beside scipy eigh with subset in float32: 4
@@ -52,7 +52,7 @@ class Case:
     best: bool = False  # beside the fastest of the peers and the dense path, not beside each
 
 
-_PAUSE = 0.1  # between candidates: scipy's BLAS and torch's have their own threads
+_PAUSE = 0.1  # between longer calls: scipy's BLAS and torch's have their own threads
 SWEEP = [(n, k) for n in (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192) for k in sorted({1, n // 16, n // 4})]
 CASES = {
     "scipy": [Case(n, 16, ("scipy subset",), bar) for n, bar in ((2048, 2), (4096, 4), (8192, 8))],
@@ -109,7 +109,8 @@ def measure(case: Case, options: Namespace) -> list[Row]:
     errors = [backward_error(a, b, *pairs) for pairs in (arrays(result), *found)]
     repeats = options.repeats * (1 if case.n >= 1024 else 6)
     candidates = [partial(ours, a, b, case.k), *calls.values()]
-    times = interleaved(candidates, repeats, options.device, warmups=1, pause=_PAUSE)
+    pause = _PAUSE if case.n >= 1024 else 0
+    times = interleaved(candidates, repeats, options.device, warmups=1, pause=pause)
     machine = measured_limits(torch.from_numpy(a).dtype)
     rows = [
         Comparison(
@@ -197,7 +198,7 @@ def main() -> None:
     options = parser(__doc__)
     names = [*CASES, "transformer", "kronecker"]
     options.add_argument("--only", nargs="+", choices=names, default=names)
-    options.add_argument("--largest", type=int, default=8192, help="leave out pencils of larger order")
+    options.add_argument("--orders", type=int, nargs=2, default=(1, 8192), help="leave out pencils of other orders")
     options.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     options.set_defaults(repeats=5)
     options = options.parse_args()
@@ -208,8 +209,8 @@ def main() -> None:
             continue
         cases = list(dict.fromkeys(map(shrunk, CASES[name]))) if options.quick else CASES[name]
         for case in cases:
-            if case.n > options.largest:
-                print(f"{name} n={case.n} k={case.k}: not measured: above --largest {options.largest}")
+            if not options.orders[0] <= case.n <= options.orders[1]:
+                print(f"{name} n={case.n} k={case.k}: not measured: not within --orders {options.orders}")
                 continue
             rows += measure(case, options)
     report(__doc__.splitlines()[0], rows, options)

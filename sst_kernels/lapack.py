@@ -23,7 +23,7 @@ def lapack(pencil: Pencil, k: int) -> Spectrum:
         k: number of pairs.
 
     Returns:
-        k + 1 values (all, if those of a quarter or more are wanted) and k vectors; NaN and NON_FINITE for pencils
+        k + 1 values (all, if more than a quarter are wanted) and k vectors; NaN and NON_FINITE for pencils
         that LAPACK does not solve, whatever their fault. 4n³ to 9n³ flops a pencil; three to five n² matrices.
     """
     n, batch = pencil.n, pencil.batch_shape
@@ -31,7 +31,7 @@ def lapack(pencil: Pencil, k: int) -> Spectrum:
     finite = (measured[0].norm + measured[1].norm).isfinite().expand(batch).reshape(-1)  # else LAPACK may not end
     a, b = (x.matrix if isinstance(x, Dense) else x.to_dense() for x in (pencil.A, pencil.B))
     a, b = (x.broadcast_to(*batch, n, n).reshape(-1, n, n) for x in (a, b))
-    known = k + 1 if 4 * k < n else n
+    known = k + 1 if 4 * k <= n else n
     values = torch.full((len(a), known), torch.nan, dtype=a.real.dtype)
     vectors = torch.full((len(a), k, n), torch.nan, dtype=a.dtype).mT  # columns, as LAPACK's
     size = torch.full((len(a),), torch.nan, dtype=values.dtype)
