@@ -4,7 +4,7 @@
 
 Pencils: power-law covariances, B damped by 1e-3 of its mean eigenvalue (`eigen_pencils.py`). An iterative peer
 (`eigen_peers.py`) runs at the loosest tolerance, by decades, whose backward error reaches `solve`'s own tolerance; the
-Cholesky factor of B is in everyone's time. All candidates of a case take turns, long ones after a pause; medians.
+Cholesky factor of B is in everyone's time. All candidates of a case take turns, a pause between them; medians.
 Rows and bars (least speedup):
   scipy        float64, k = 16, n = 2048, 4096, 8192, beside scipy eigh with subset: 2, 4, 8
   peers        float64, k = 16, n = 4096, beside ARPACK, lobpcg, PRIMME: 4
@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from eigen_factors import factor_pencils
 from eigen_peers import DIRECT, Pairs, prepare
 from eigen_pencils import Comparison, backward_error, floor, kfac_like
-from harness import Limits, Row, interleaved, limits, parser, report
+from harness import PAUSE, Limits, Row, interleaved, limits, parser, report
 from sst_kernels import EigenResult, Pencil, solve
 
 
@@ -52,7 +52,6 @@ class Case:
     best: bool = False  # beside the fastest of the peers and the dense path, not beside each
 
 
-_PAUSE = 0.1  # between longer calls: scipy's BLAS and torch's have their own threads
 SWEEP = [(n, k) for n in (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192) for k in sorted({1, n // 16, n // 4})]
 CASES = {
     "scipy": [Case(n, 16, ("scipy subset",), bar) for n, bar in ((2048, 2), (4096, 4), (8192, 8))],
@@ -109,8 +108,7 @@ def measure(case: Case, options: Namespace) -> list[Row]:
     errors = [backward_error(a, b, *pairs) for pairs in (arrays(result), *found)]
     repeats = options.repeats * (1 if case.n >= 1024 else 6)
     candidates = [partial(ours, a, b, case.k), *calls.values()]
-    pause = _PAUSE if case.n >= 1024 else 0
-    times = interleaved(candidates, repeats, options.device, warmups=1, pause=pause)
+    times = interleaved(candidates, repeats, options.device, warmups=1, pause=PAUSE)
     machine = measured_limits(torch.from_numpy(a).dtype)
     rows = [
         Comparison(
@@ -140,7 +138,7 @@ def transformer(options: Namespace) -> list[Row]:
         solved = (arrays(result), *found)
         errors = [max(backward_error(*one) for one in zip(a, b, *pairs, strict=True)) for pairs in solved]
         candidates = [partial(ours, a, b, k), *calls.values()]
-        times = interleaved(candidates, options.repeats, options.device, warmups=1, pause=_PAUSE)
+        times = interleaved(candidates, options.repeats, options.device, warmups=1, pause=PAUSE)
         best = min(range(1, len(times)), key=times.__getitem__)
         label = f"{name}: {len(a)} × n={n} k={k} ({result.method}) / {list(calls)[best - 1]}, looped"
         lower = floor(measured_limits(torch.float32), result, a.itemsize)

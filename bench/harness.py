@@ -27,6 +27,9 @@ import sst_kernels
 
 Candidate = Callable[[], object]
 
+# OpenBLAS's idle threads spin for tens of milliseconds after a call, at the expense of torch's in the next.
+PAUSE = 0.1
+
 
 @dataclass(frozen=True)
 class Row:
@@ -79,8 +82,8 @@ def interleaved(
         repeats: Timed calls of each.
         device: Where they run; on CUDA each call is timed by events on the device.
         warmups: Calls of each beforehand.
-        pause: Seconds before each call, where candidates have thread pools of their own: an idle one spins for a while
-            after its call, at the expense of the next.
+        pause: Seconds before each call, shorter ones being called once more before they are timed; `PAUSE` where the
+            candidates have thread pools of their own.
 
     Returns:
         The medians, in the candidates' order.
@@ -93,6 +96,8 @@ def interleaved(
     for _ in range(repeats):
         for call, collected in zip(candidates, times, strict=True):
             time.sleep(pause)
+            if pause and collected and collected[-1] < pause:
+                call()  # wakes the threads, and the caches
             collected.append(timer(call))
     return [statistics.median(collected) for collected in times]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from eigen_pencils import by_reduction
-from harness import Limits, Row, arguments, interleaved, limits, report
+from harness import PAUSE, Limits, Row, arguments, interleaved, limits, report
 from sst_kernels import Pencil, eigh, fused_eigh, fused_eigh_limit, solve
 
 CPU_CASES = [(256, 8), (256, 16), (256, 32), (64, 64), (64, 128), (64, 256)]
@@ -62,7 +62,7 @@ def measure(
         check(a, b)
         ways = {"fused_eigh": partial(fused_eigh, a, b), **ways}
     peer = partial(by_reduction, torch.linalg.eigh, a, b, n) if device.type == "cuda" else by_scipy(a, b)
-    *times, peer_time = interleaved([*ways.values(), peer], repeats, device)
+    *times, peer_time = interleaved([*ways.values(), peer], repeats, device, pause=PAUSE)
     floor = machine.floor(3 * a.numel() * a.element_size(), 10 * count * n**3)
     label = f"{count} × n={n} {str(dtype).removeprefix('torch.')}"
     name = "torch" if device.type == "cuda" else "scipy"

@@ -91,7 +91,7 @@ def solve(
         raise ValueError(f"solve: tol must be positive and finite, got {tol}; None for the default")
     if name == "subset":
         result = subset(structure, k, min(tol, pencil.tolerance))
-        return _with_others(result, result.status == 0, structure, k, tol, verify)
+        return result if result.status.all() else _with_others(result, result.status == 0, structure, k, tol, verify)
     if name == "davidson":
         found = _iterate(structure, k, tol, seed, options or DavidsonOptions())
     else:
