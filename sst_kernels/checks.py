@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .operators import Operator
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -107,12 +111,12 @@ def as_scale(
     return value.to(device, real)
 
 
-def check_parts(owner: str, *parts: tuple[str, Tensor, int]) -> None:
-    """Check that named tensors share dtype and device, and that their batches broadcast.
+def check_parts(owner: str, *parts: tuple[str, Tensor | Operator, int]) -> None:
+    """Check that named tensors or operators share dtype and device, and that their batches broadcast.
 
     Args:
         owner: whose arguments they are, for the message.
-        *parts: name, tensor, and how many of its last dimensions are not batch dimensions.
+        *parts: name, tensor or operator, and how many of its last dimensions are not batch dimensions.
 
     Raises:
         TypeError: if the dtypes differ.
@@ -131,5 +135,5 @@ def check_parts(owner: str, *parts: tuple[str, Tensor, int]) -> None:
                 f"{owner}: {first} and {name} must be on one device, got {x.device} and {y.device}; "
                 "move one of them with .to(device)"
             )
-        check_batches(owner, (first, batch, batch), (name, y.shape[:-y_inner], y.shape[:-y_inner]))
+        check_batches(owner, (first, x.shape, batch), (name, y.shape, y.shape[:-y_inner]))
         batch = torch.broadcast_shapes(batch, y.shape[:-y_inner])

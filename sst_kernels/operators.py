@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_batches, check_entries, check_matrix, promoted
+from .checks import check_entries, check_matrix, check_parts, promoted
 from .products import symm_thin
 from .scaling import even_exponent, peak, power_norm, scale_by_power, start_block
 
@@ -390,14 +390,4 @@ def check_alike(owner: str, first: tuple[str, Operator], second: tuple[str, Oper
             f"{owner}: {name2} must be of the order of {name1}, got {name1} {tuple(op1.shape)} "
             f"and {name2} {tuple(op2.shape)}"
         )
-    if op1.dtype != op2.dtype:
-        raise TypeError(
-            f"{owner}: {name1} and {name2} must have one dtype, got {op1.dtype} and {op2.dtype}; "
-            "convert one of them with .to(dtype)"
-        )
-    if op1.device != op2.device:
-        raise ValueError(
-            f"{owner}: {name1} and {name2} must be on one device, got {op1.device} and "
-            f"{op2.device}; move one of them with .to(device)"
-        )
-    check_batches(owner, (name1, op1.shape, op1.batch_shape), (name2, op2.shape, op2.batch_shape))
+    check_parts(owner, (name1, op1, 2), (name2, op2, 2))
