@@ -16,22 +16,22 @@ _NORM_STEPS, _NORM_COLUMNS = 2, 4  # of the power iteration for ‖L⁻¹AL⁻�
 
 @torch.no_grad()
 def lapack(pencil: Pencil, k: int) -> Spectrum:
-    """The k largest pairs of A v = λ B v, one pencil after the other: by xSYGVX, or xSYGVD for more than a quarter.
+    """The k largest pairs of A v = λ B v, one pencil after the other: by xSYGVX, or xSYGVD for a quarter or more.
 
     Args:
         pencil: on the CPU; A and B are formed, of Dense ones only the lower triangles are read.
         k: number of pairs.
 
     Returns:
-        k + 1 values (all, if more than a quarter are wanted) and k vectors; NaN and NON_FINITE for pencils
-        that LAPACK does not solve, whatever their fault. 4n³ to 9n³ flops a pencil; three to five n² matrices.
+        k + 1 values (all, by xSYGVD) and k vectors; NaN and NON_FINITE for pencils that LAPACK does not
+        solve, whatever their fault. 4n³ to 9n³ flops a pencil; three to five n² matrices.
     """
     n, batch = pencil.n, pencil.batch_shape
     measured = pencil.measured()
     finite = (measured[0].norm + measured[1].norm).isfinite().expand(batch).reshape(-1)  # else LAPACK may not end
     a, b = (x.matrix if isinstance(x, Dense) else x.to_dense() for x in (pencil.A, pencil.B))
     a, b = (x.broadcast_to(*batch, n, n).reshape(-1, n, n) for x in (a, b))
-    known = k + 1 if 4 * k <= n else n
+    known = k + 1 if k < max(n // 8, (5 * n - 1024) // 16) else n  # where xSYGVX is the faster, as measured
     values = torch.full((len(a), known), torch.nan, dtype=a.real.dtype)
     vectors = torch.full((len(a), k, n), torch.nan, dtype=a.dtype).mT  # columns, as LAPACK's
     size = torch.full((len(a),), torch.nan, dtype=values.dtype)

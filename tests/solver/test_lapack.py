@@ -33,6 +33,30 @@ def test_planted_spectra(spectrum, dtype, k):
     assert np.abs(residual).max() <= 100 * n * eps * np.abs(values).max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [20, 100])
+@pytest.mark.parametrize("batch", [(), (1,), (2,)])
+def test_certificates_of_large_pencils(dtype, k, batch):
+    """Read where they are stored; both drivers."""
+    n = 300
+    values = 1 + np.arange(n)[::-1] / n
+    a, b = (torch.from_numpy(x).to(dtype) for x in planted(values, 10.0, 3)[:2])
+    exact = Pencil(a.double(), b.double())
+    a, b = (x.masked_fill(torch.ones(n, n).triu(1) == 1, torch.nan).expand(*batch, n, n) for x in (a, b))
+    result = solve(Pencil(a, b), k, method="lapack")
+    assert result.method == "lapack" and result.converged.all()
+    eps = torch.finfo(dtype).eps
+    np.testing.assert_allclose(result.values.reshape(-1, k)[0], values[:k], rtol=100 * eps)
+    for w, v, errors, orthogonality in zip(
+        *(x.reshape(-1, *x.shape[len(batch) :]) for x in (result.values, result.vectors, result.backward_errors)),
+        result.b_orthogonality.reshape(-1),
+        strict=True,
+    ):
+        true_errors, true_orthogonality = exact.certificates(w.double(), v.double())
+        assert (errors - true_errors).abs().max() <= 2 * eps
+        assert (orthogonality - true_orthogonality).abs() <= 20 * eps
+
+
 def test_complex_hermitian():
     rng = np.random.default_rng(0)
     n, values = 30, np.arange(30.0)[::-1] - 9
