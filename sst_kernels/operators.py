@@ -147,9 +147,10 @@ class Dense(Operator):
 
     @property
     def is_large(self) -> bool:
-        """Whether a copy of the matrix costs more than to read its lower triangle alone, by `symm_thin`."""
+        """Whether a copy of the matrix costs more than to read its lower triangle alone, by `symm_thin` on the CPU."""
         even = self.matrix.dim() <= 3 or self.matrix.is_contiguous()
-        return self.n >= _LARGE and not self.dtype.is_complex and even and self.matrix.stride(-1) == 1
+        real = self.device.type == "cpu" and not self.dtype.is_complex
+        return self.n >= _LARGE and real and even and self.matrix.stride(-1) == 1
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """A x; 2n²m flops."""
