@@ -96,19 +96,21 @@ def _remove_empty(folders: list[Path]) -> None:
             return
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file beside its place, flush it to disk, and rename it into place.
+@contextmanager
+def replace_file(path: str | Path) -> Iterator[Path]:
+    """Give a name beside `path` for a file that takes its place, flushed to disk, when the block ends well.
 
     Args:
         path: The file; an existing one is replaced, its folder must exist.
-        data: The whole content.
+
+    Yields:
+        The name of the file to write, in the same folder.
     """
     path = Path(os.path.realpath(path))
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
-        with open(fresh, "xb") as file:
-            file.write(data)
-            file.flush()
+        yield fresh
+        with open(fresh, "rb+") as file:
             os.fsync(file.fileno())
         fresh.replace(path)
     finally:
@@ -116,10 +118,11 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """`write_bytes` of `text` in UTF-8.
+    """Replace a file by `text` in UTF-8, whole or not at all.
 
     Args:
         path: The file; an existing one is replaced, its folder must exist.
         text: The whole content.
     """
-    write_bytes(path, text.encode())
+    with replace_file(path) as fresh:
+        fresh.write_bytes(text.encode())

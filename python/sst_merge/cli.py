@@ -19,8 +19,20 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, help="folder for the merged adapter and the report")
     merge.add_argument("--device", help="cpu, cuda, cuda:1, …; replaces the file's")
     merge.add_argument("--dtype", help="float32, bfloat16, … in which the model runs; replaces the file's")
+    merge.add_argument("--fisher", metavar="DIR", help="folder of statistics; used, finished or written (<out>.fisher)")
+    merge.add_argument(
+        "--tune", action="store_true", help="choose damping, shrinkage, k or mu, and alpha on held-out data"
+    )
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     merge.set_defaults(run=_merge)
+
+    fisher = commands.add_parser("fisher", help="collect statistics for later merges, or add up collected ones")
+    fisher.add_argument("config", nargs="?", help="YAML file, as for merge")
+    fisher.add_argument("--out", required=True, help="folder for the statistics; one that is there in part is finished")
+    fisher.add_argument("--add", nargs="+", metavar="DIR", help="sum these folders, from different data, into --out")
+    fisher.add_argument("--device", help="as for merge")
+    fisher.add_argument("--dtype", help="as for merge")
+    fisher.set_defaults(run=_fisher)
 
     inspect = commands.add_parser("inspect", help="say what is in an adapter and what a merge would cover")
     inspect.add_argument("adapter", help="folder with adapter_config.json and adapter_model.safetensors")
@@ -38,8 +50,26 @@ def _merge(args: argparse.Namespace) -> None:
     """sst-merge merge."""
     from .merging import merge
 
-    result = merge(args.config, out=args.out, overwrite=args.overwrite, device=args.device, dtype=args.dtype)
+    overrides = {"device": args.device, "dtype": args.dtype, "fisher_dir": args.fisher, "tune": args.tune or None}
+    result = merge(args.config, out=args.out, overwrite=args.overwrite, **overrides)
+    for warning in result.report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote {result.path} (read {result.path / 'report.md'})")
+
+
+def _fisher(args: argparse.Namespace) -> None:
+    """sst-merge fisher."""
+    if (args.config is None) == (args.add is None):
+        raise ValueError("fisher: give a config to collect by, or --add with folders to sum")
+    if args.add:
+        from .store import add_folders
+
+        add_folders(args.add, args.out)
+    else:
+        from .merging import collect
+
+        collect(args.config, args.out, device=args.device, dtype=args.dtype)
+    print(f"wrote {args.out}; merge with --fisher {args.out}")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -69,7 +99,8 @@ class _Interrupt:
 
 def _interrupted() -> int:
     """Say so; the exit code."""
-    print("sst-merge: interrupted; nothing was written", file=sys.stderr)
+    kept = "statistics gathered so far are kept, and the same command goes on with them"
+    print(f"sst-merge: interrupted; no output was written ({kept})", file=sys.stderr)
     return 130
 
 

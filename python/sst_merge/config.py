@@ -44,8 +44,8 @@ _CHOICES = {
     "patch": ("additive", "interpolate"),
     "where": ("local", "path"),
     "point_weights": ("uniform", "linear"),
-    "fisher": ("exact", "diagonal"),
-    "select": ("top_k", "soft"),
+    "fisher": ("exact", "gram", "diagonal"),
+    "select": ("top_k", "soft", "dof", "budget", "signed"),
     "scope": ("global", "module"),
     "coordinates": ("weight", "core"),
     "mask": ("hard", "soft"),
@@ -63,6 +63,7 @@ _RANGES = {  # name -> (low, high, low included, high included)
     "shrinkage": (0.0, 1.0, True, True),
     "damping": (0.0, math.inf, False, False),
     "mu": (0.0, math.inf, False, False),
+    "rho": (0.0, math.inf, False, False),
     "share": (0.0, 1.0, False, True),
     "epsilon": (0.0, math.inf, False, False),
     "batch_size": (1, math.inf, True, False),
@@ -72,12 +73,16 @@ _RANGES = {  # name -> (low, high, low included, high included)
 }
 
 
+_PLAIN = ("dtype", "device", "trust_remote_code", "download", "fisher_dir", "tune")
+
+
 def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: Any) -> Config:
     """A configuration from YAML or a mapping, checked; relative paths are relative to the file.
 
     Args:
         source: Path of a YAML file, a mapping of the same form, or a `Config`, which is returned as it is.
-        overrides: Top-level keys that replace the file's (device, dtype, …); None leaves the file's.
+        overrides: Top-level keys that replace the file's (device, dtype, …), paths relative to the working folder; None
+            leaves the file's.
 
     Returns:
         The configuration.
@@ -99,6 +104,8 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: An
             raise ValueError(f"config file {path} is not valid YAML in UTF-8: {error}") from None
     if not isinstance(source, Mapping):
         raise ValueError("the config must be a mapping with base_model, models and merge_method")
+    if overrides.get("fisher_dir") is not None:
+        overrides["fisher_dir"] = os.path.abspath(Path(overrides["fisher_dir"]).expanduser())
     tree = {**source, **{key: value for key, value in overrides.items() if value is not None}}
     return _config(tree, folder)
 
@@ -115,11 +122,16 @@ def _config(tree: dict[str, Any], folder: Path) -> Config:
         raise ValueError(f"merge_method: unknown method {method!r}{_nearest(method, METHOD_PARAMETERS)}")
     calibration = tree.get("calibration")
     parameters = METHOD_PARAMETERS[method]
-    if issubclass(parameters, FisherParameters) and calibration is None:
-        raise ValueError(f"merge_method {method} needs `calibration` with the files `harm` and `benign`")
-    plain = {key: tree[key] for key in ("dtype", "device", "trust_remote_code", "download") if key in tree}
+    if issubclass(parameters, FisherParameters) and calibration is None and tree.get("fisher_dir") is None:
+        raise ValueError(
+            f"merge_method {method} needs `calibration` with the files `harm` and `benign`, or statistics "
+            "collected before (--fisher)"
+        )
+    plain = {key: tree[key] for key in _PLAIN if key in tree}
     if plain.get("dtype") == "auto":  # the checkpoint's own; the output has no such choice
         del plain["dtype"]
+    if isinstance(plain.get("fisher_dir"), str):
+        plain["fisher_dir"] = os.path.abspath(folder / Path(plain["fisher_dir"]).expanduser())
     config = Config(
         base_model=_resolve(tree["base_model"], folder),
         **_models(tree["models"], folder),
@@ -131,6 +143,9 @@ def _config(tree: dict[str, Any], folder: Path) -> Config:
     )
     _check_k(config.parameters)
     _check_points(config.parameters)
+    _check_rho(config.parameters)
+    if config.tune and (method != "sst" or calibration is None):
+        raise ValueError("tune: only merge_method sst is tuned, and on held-out sequences of `calibration`")
     if len(set(config.alphas)) < len(config.alphas):
         raise ValueError(f"alpha: every strength may be given once, got {list(config.alphas)}")
     if method == "interpolation" and max(config.alphas) > 1:
@@ -236,6 +251,15 @@ def _check_k(parameters: Any) -> None:
     if not (k >= 1 if isinstance(k, int) else 0 < k <= 1):
         raise ValueError(
             f"k: expected an integer >= 1 (a count) or a number in (0, 1] with a point (a share), got {k!r}"
+        )
+
+
+def _check_rho(parameters: Any) -> None:
+    """Rules that work to a budget have one."""
+    if getattr(parameters, "select", None) in ("budget", "signed") and parameters.rho is None:
+        raise ValueError(
+            f"rho: select: {parameters.select} needs rho, what the merge may cost in nats per sequence (½φᵀBφ); the "
+            "report of another selection says what the whole patch costs"
         )
 
 

@@ -9,68 +9,24 @@ to the full patch τ (path), labels sampled from the model at that point.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sst_kernels import syrk_accumulate_
 from sst_kernels.collect import CoreBasis, CoreGradients
 from sst_kernels.labels import counter_uniform, sample_labels
 
 from .data import Batch, TokenSequence, batches
+from .store import FisherFolder, Progress
+from .sums import FisherSums, Statistics
 
-
-@dataclass
-class FisherSums:
-    """Σ w g gᵀ and Σ w g over sequences, per module, with their count: sums, so that parts add up.
-
-    Attributes:
-        diagonal: Keep only Σ w g² (n,) instead of Σ w g gᵀ (n, n).
-        second: Module name -> (n, n), only its lower triangle is meaningful; or (n,).
-        first: Module name -> (n,), Σ w g.
-        count: Σ w over sequences.
-    """
-
-    diagonal: bool
-    second: dict[str, Tensor] = field(default_factory=dict)
-    first: dict[str, Tensor] = field(default_factory=dict)
-    count: float = 0.0
-
-    def add(self, name: str, rows: Tensor, weight: float) -> None:
-        """Σ ← Σ + w Σ_s g_s g_sᵀ for the rows g_s of one module, in place.
-
-        Args:
-            name: Module name.
-            rows: (S, n), float32 or float64.
-            weight: w.
-        """
-        n = rows.shape[1]
-        if name not in self.second:
-            self.second[name] = rows.new_zeros(n if self.diagonal else (n, n))
-            self.first[name] = rows.new_zeros(n)
-        if self.diagonal:
-            self.second[name].add_(rows.square().sum(0), alpha=weight)
-        else:
-            syrk_accumulate_(self.second[name], rows, alpha=weight)
-        self.first[name].add_(rows.sum(0), alpha=weight)
-
-    def fisher(self, name: str) -> Tensor:
-        """F = Σ w g gᵀ / Σ w, symmetric (n, n), or its diagonal (n,); float64."""
-        second = self.second[name].double() / self.count
-        return second if self.diagonal else second.tril() + second.tril(-1).mT
-
-    def diagonal_of(self, name: str) -> Tensor:
-        """Diag F, (n,), float64."""
-        second = self.second[name]
-        return (second if self.diagonal else second.diagonal()).double() / self.count
-
-    def mean_gradient(self, name: str) -> Tensor:
-        """ḡ = Σ w g / Σ w, (n,), float64."""
-        return self.first[name].double() / self.count
+Save = Callable[[FisherSums, int], None]
+"""(sums, number of batches in them)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +36,7 @@ class CollectionSettings:
     Attributes:
         points: t of the points θ_ft + tτ; (0.0,) is `local`.
         point_weights: Their weights, summing to 1.
-        diagonal: Keep diagonals only.
+        representation: "exact", "gram" or "diagonal"; see `sums.FisherSums`.
         batch_size: Sequences a forward pass.
         samples: Labels ŷ sampled per position for the true Fisher.
         seed: Of the sampled labels.
@@ -88,29 +44,34 @@ class CollectionSettings:
 
     points: tuple[float, ...] = (0.25, 0.5)
     point_weights: tuple[float, ...] = (0.5, 0.5)
-    diagonal: bool = False
+    representation: str = "exact"
     batch_size: int = 8
     samples: int = 1
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Fishers of both kinds, from sequences that find directions and from held-out ones that judge them.
+class Part:
+    """One of the sums that a collection consists of.
 
     Attributes:
-        harm: Empirical Fisher of refusals.
-        benign: True Fisher of the model's own behaviour.
-        harm_held: As `harm`, held-out sequences.
-        benign_held: As `benign`, held-out sequences.
-        gradient: Mean gradient of log p(refusal) at θ_ft, module name -> (n,), float64: it carries the sign.
+        name: A field of `Statistics`.
+        sequences: Tokenised calibration examples.
+        sampled: Labels sampled from the model (true Fisher) instead of given (empirical Fisher).
+        points: t -> weight.
+        representation: As in `FisherSums`.
     """
 
-    harm: FisherSums
-    benign: FisherSums
-    harm_held: FisherSums
-    benign_held: FisherSums
-    gradient: dict[str, Tensor]
+    name: str
+    sequences: Sequence[TokenSequence]
+    sampled: bool
+    points: Mapping[float, float]
+    representation: str
+
+    def empty(self, samples: int) -> FisherSums:
+        """Sums without a row, room made for those to come."""
+        draws = samples if self.sampled else 1
+        return FisherSums(self.representation, draws * len(self.points) * len(self.sequences))
 
 
 def log_likelihood(
@@ -169,38 +130,33 @@ class Collector:
     def __exit__(self, *exc: object) -> None:
         self.gradients.__exit__(*exc)
 
-    def collect(
-        self,
-        sequences: Sequence[TokenSequence],
-        *,
-        sampled: bool,
-        points: Mapping[float, float],
-        title: str,
-    ) -> FisherSums:
+    def collect(self, part: Part, saved: Progress | None = None, save: Save | None = None) -> FisherSums:
         """Sums over the sequences of g gᵀ at θ_ft + tτ, one forward and one backward pass a batch and point.
 
         Args:
-            sequences: Tokenised calibration examples.
-            sampled: Labels sampled from the model (true Fisher) instead of given (empirical Fisher).
-            points: t -> weight.
-            title: Of the progress bar.
+            part: What to sum.
+            saved: Where an earlier run had come to; what it did is not done again.
+            save: Called with the sums after every batch.
 
         Returns:
-            The sums.
+            The sums; the same bits, however often it was interrupted.
 
         Raises:
             ValueError: A module got no gradient, or one that is not finite; names it.
         """
-        s = self.settings
-        sums = FisherSums(s.diagonal)
-        bar = tqdm(total=len(points) * len(sequences), desc=title, unit="seq", leave=False)
-        with bar:
-            for t, weight in points.items():
-                self._move_to(t)
-                for batch in batches(sequences, s.batch_size, next(self.model.parameters()).device):
-                    self._one_batch(batch, sums, weight, sampled)
-                    bar.update(len(batch.index))
-                sums.count += weight * len(sequences)
+        sums, done = (part.empty(self.settings.samples), 0) if saved is None else (saved.sums, saved.batches)
+        device = next(self.model.parameters()).device
+        todo = [(t, b) for t in part.points for b in batches(part.sequences, self.settings.batch_size, device)]
+        title, at = part.name.replace("_", " "), None
+        with tqdm(total=len(todo), initial=done, desc=title, unit="batch", leave=False) as bar:
+            for number, (t, batch) in enumerate(todo[done:], start=done + 1):
+                if t != at:
+                    self._move_to(at := t)
+                self._one_batch(batch, sums, part.points[t], part.sampled)
+                sums.count += part.points[t] * len(batch.index)
+                bar.update()
+                if save is not None:
+                    save(sums, number)
         _check_complete(sums, self.patch)
         return sums
 
@@ -234,11 +190,11 @@ class Collector:
 def _check_complete(sums: FisherSums, names: Iterable[str]) -> None:
     """Every module was reached, by finite gradients."""
     for name in names:
-        if name not in sums.second:
+        if name not in sums.first:
             raise ValueError(
                 f"no gradient reached module {name!r}: the model does not use it; train the adapters without it"
             )
-        if not torch.isfinite(sums.diagonal_of(name)).all():
+        if not torch.isfinite(sums.first[name]).all():
             raise ValueError(
                 f"the gradients of module {name!r} are not finite: the base has NaN weights or overflows in its dtype; "
                 "try --dtype float32 or bfloat16"
@@ -249,6 +205,7 @@ def collect_statistics(
     collector: Collector,
     harm: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
     benign: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
+    folder: FisherFolder | None = None,
 ) -> Statistics:
     """Both Fishers, from found and held-out sequences, and ḡ at θ_ft.
 
@@ -256,6 +213,7 @@ def collect_statistics(
         collector: Entered.
         harm: (found, held) sequences of prompts with refusals.
         benign: (found, held) sequences of what should not change.
+        folder: Where the sums are kept, every few batches; a collection that is there in part is gone on with.
 
     Returns:
         The statistics.
@@ -264,15 +222,23 @@ def collect_statistics(
     """
     s = collector.settings
     points = dict(zip(s.points, s.point_weights, strict=True))
-    found, held = (
-        {
-            "harm": collector.collect(harm[i], sampled=False, points=points, title=f"harm, {part}"),
-            "benign": collector.collect(benign[i], sampled=True, points=points, title=f"benign, {part}"),
-        }
-        for i, part in enumerate(("found", "held out"))
-    )
-    at_origin = found["harm"]
-    if s.points != (0.0,):
-        at_origin = collector.collect(harm[0], sampled=False, points={0.0: 1.0}, title="harm, gradient")
-    gradient = {name: at_origin.mean_gradient(name) for name in at_origin.first}
-    return Statistics(found["harm"], found["benign"], held["harm"], held["benign"], gradient)
+    parts = [
+        Part("harm", harm[0], False, points, s.representation),
+        Part("benign", benign[0], True, points, s.representation),
+        Part("harm_held", harm[1], False, points, s.representation),
+        Part("benign_held", benign[1], True, points, s.representation),
+        Part("origin", harm[0], False, {0.0: 1.0}, "gradient"),
+    ]
+    return Statistics(**{part.name: _collect_part(collector, part, folder) for part in parts})
+
+
+def _collect_part(collector: Collector, part: Part, folder: FisherFolder | None) -> FisherSums:
+    """One part, from the folder as far as it is there."""
+    if folder is None:
+        return collector.collect(part)
+    saved = folder.load(part.name, part.empty(collector.settings.samples))
+    if saved is not None and saved.complete:
+        return saved.sums
+    sums = collector.collect(part, saved, partial(folder.save_now_and_then, part.name))
+    folder.save(part.name, sums)
+    return sums

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import psutil
@@ -15,20 +15,19 @@ from sst_kernels.collect import CoreBasis
 if TYPE_CHECKING:
     from .problem import Problem
 
-_SUMS = 4  # harm and benign, found and held out
 _STACKED = 1 << 25  # entries of a stack of pencils
 _WORKSPACE = 8 * 6  # bytes an entry: pencils, factors and vectors in float64
 
 
 def estimate_memory(
-    problem: Problem, bases: Mapping[str, CoreBasis], diagonal: bool, coordinates: str
+    problem: Problem, bases: Mapping[str, CoreBasis], representation: str, coordinates: str
 ) -> dict[str, int]:
     """Bytes by use: model, activations, Fisher sums, directions.
 
     Args:
         problem: The merge problem.
         bases: Modules whose Fishers are collected.
-        diagonal: Only diagonals are kept.
+        representation: "exact", "gram" or "diagonal".
         coordinates: "core" or "weight"; in the latter nothing is solved.
 
     Returns:
@@ -41,17 +40,31 @@ def estimate_memory(
     longest = max(len(s.input_ids) for parts in problem.calibration.values() for part in parts for s in part)
     tokens = min(calibration.max_length, longest) * calibration.batch_size
     n = [basis.n for basis in bases.values()]
-    entries = sum(n) if diagonal else sum(i * i for i in n)
-    squares = sum(i * i for i in n)
-    solved = 0 if coordinates == "weight" else 8 * squares + min(_WORKSPACE * max(_STACKED, max(n) ** 2), 8 * squares)
+    points, samples = len(problem.config.parameters.weighted_points[0]), problem.config.parameters.samples
+    rows = [
+        points * (samples if kind == "benign" else 1) * len(part)
+        for kind, parts in problem.calibration.items()
+        for part in parts
+    ]
+    entries = sum(_entries(representation, n, count) for count in rows)
+    squares = sum(rows) * sum(n) if representation == "gram" else sum(i * i for i in n)
+    workspace = min(_WORKSPACE * max(_STACKED, max(n) ** 2), 8 * squares)
+    solved = 0 if coordinates == "weight" else 8 * squares + workspace
     return {
         "model": problem.parameter_count * width,
         "activations": tokens * (17 * width * text.num_hidden_layers * text.hidden_size + 12 * text.vocab_size),
         "gradient rows": calibration.batch_size * max(n) * 4,
-        "Fisher sums": _SUMS * 4 * entries,
+        "Fisher sums": 4 * entries,
         "directions": solved,
         "cores": 7 * 8 * sum(n),
     }
+
+
+def _entries(representation: str, n: Sequence[int], rows: int) -> int:
+    """Numbers that the sums of `rows` gradients hold, for modules of n coordinates."""
+    if representation == "diagonal":
+        return sum(n)
+    return rows * sum(n) if representation == "gram" else sum(i * min(i, rows) for i in n)
 
 
 def available_memory(device: str) -> int:
@@ -61,19 +74,19 @@ def available_memory(device: str) -> int:
     return psutil.virtual_memory().available
 
 
-def check_memory(problem: Problem, bases: Mapping[str, CoreBasis], diagonal: bool, coordinates: str) -> None:
+def check_memory(problem: Problem, bases: Mapping[str, CoreBasis], representation: str, coordinates: str) -> None:
     """Print the estimate; refuse a collection that cannot fit.
 
     Args:
         problem: The merge problem.
         bases: Modules whose Fishers are collected.
-        diagonal: Only diagonals are kept.
+        representation: "exact", "gram" or "diagonal".
         coordinates: "core" or "weight"; in the latter nothing is solved.
 
     Raises:
         ValueError: The estimate is over what is available.
     """
-    estimate = estimate_memory(problem, bases, diagonal, coordinates)
+    estimate = estimate_memory(problem, bases, representation, coordinates)
     total, available = sum(estimate.values()), available_memory(problem.config.device)
     parts = ", ".join(f"{use} {_size(size)}" for use, size in estimate.items())
     where = f"{_size(available)} available on {problem.config.device}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from tqdm import tqdm
 from .adapters import LowRank, write_files
 from .atomic import replace_dir
 from .config import load_config
+from .held_out import compare, measure
 from .methods import METHODS, Plan
 from .problem import Problem
 from .report import build_report, write_report
-from .settings import Config
+from .settings import Config, FisherParameters
+from .tune import tune
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def merge(
         config: YAML file, mapping or `Config`; see `config`.
         out: Output folder: adapter and report; with several α the adapters are in subfolders `alpha-…`. Nothing is
             left there unless everything succeeded. None writes nothing.
-        overwrite: Replace an earlier output.
+        overwrite: Replace an earlier output. Statistics are kept in `fisher_dir`, by default the folder `<out>.fisher`,
+            where the next merge finds them and an interrupted one goes on.
         overrides: Top-level keys that replace the configuration's, such as `device` and `dtype`.
 
     Returns:
@@ -68,8 +72,40 @@ def merge(
     config = load_config(config, **overrides)
     if out is not None:
         _refuse_inputs(Path(out), config)
-    try:
+        if config.fisher_dir is None and isinstance(config.parameters, FisherParameters):
+            config = replace(config, fisher_dir=f"{os.path.abspath(out)}.fisher")
+    with _out_of_memory():
         return _merge(config, out, overwrite)
+
+
+def collect(config: str | Path | Mapping[str, Any] | Config, out: str | Path, **overrides: Any) -> Path:
+    """Gather the statistics of a configuration into a folder, without merging.
+
+    Args:
+        config: As for `merge`; its method must be one that uses Fishers.
+        out: The folder. Statistics that are there in part are gone on with.
+        overrides: As for `merge`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: Anything the user can mend, with the remedy.
+    """
+    config = load_config(config, **overrides, fisher_dir=out)
+    if not isinstance(config.parameters, FisherParameters):
+        raise ValueError(f"merge_method {config.merge_method} uses no Fishers; there is nothing to collect")
+    _refuse_inputs(Path(out), config)
+    with _out_of_memory():
+        Problem(config).curvature(config.parameters)
+    return Path(config.fisher_dir)
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    """The device's lack of memory as an error with a remedy."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
             "the device ran out of memory; lower calibration.batch_size or max_length, or use --dtype bfloat16: "
@@ -82,26 +118,43 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool) -> MergeResu
     with nullcontext() if out is None else replace_dir(out, overwrite=overwrite) as folder:
         started = time.perf_counter()
         problem = Problem(config)
+        tuning = tune(problem) if config.tune else None
+        if tuning is not None:
+            problem.config = config = replace(config, parameters=tuning.parameters)
         plan = METHODS[config.merge_method](problem, config.parameters)
-        strengths = [_write_strength(problem, plan, alpha, folder) for alpha in config.alphas]
-        report = build_report(problem, plan, strengths, time.perf_counter() - started)
+        strengths, updates = [], []
+        for alpha in config.alphas:
+            merged, error = _updates(problem, plan, alpha)
+            strengths.append(_write_strength(problem, plan, alpha, merged, folder) | {"worst_truncation_error": error})
+            updates.append(merged)
+        report = build_report(problem, plan, strengths)
+        if config.calibration is not None:
+            report["held_out"] = compare(report["strengths"], measure(problem, updates))
+        if tuning is not None:
+            report["tuning"] = tuning.as_report()
+        report["seconds"] = round(time.perf_counter() - started, 1)
         if folder is not None:
             write_report(folder, report, config)
     return MergeResult(problem, plan, report, None if out is None else Path(out))
 
 
-def _write_strength(problem: Problem, plan: Plan, alpha: float, folder: Path | None) -> dict[str, Any]:
-    """The merged adapter at one α; its ranks and truncation error."""
-    output = problem.config.output
+def _updates(problem: Problem, plan: Plan, alpha: float) -> tuple[dict[str, LowRank], float]:
+    """ΔW of every module at one α, of the rank asked for; the largest relative error of truncation."""
     updates, worst = {}, 0.0
     for name in tqdm(problem.names, desc=f"merge, alpha {alpha:g}", unit="module", leave=False):
-        updates[name], error = plan.low_rank(problem, name, alpha, output.rank)
+        updates[name], error = plan.low_rank(problem, name, alpha, problem.config.output.rank)
         worst = max(worst, error)
+    return updates, worst
+
+
+def _write_strength(
+    problem: Problem, plan: Plan, alpha: float, updates: Mapping[str, LowRank], folder: Path | None
+) -> dict[str, Any]:
+    """The merged adapter at one α; its size."""
     strength = {
         "alpha": alpha,
         "largest_rank": max(u.rank for u in updates.values()),
         "parameters": sum(u.up.numel() + u.down.numel() for u in updates.values()),
-        "worst_truncation_error": worst,
     }
     if folder is None:
         return strength
@@ -113,7 +166,7 @@ def _write_strength(problem: Problem, plan: Plan, alpha: float, folder: Path | N
         sources=(problem.utility, problem.safety),
         biases=_biases(problem, plan, alpha),
         saved=problem.saved,
-        dtype=getattr(torch, output.dtype),
+        dtype=getattr(torch, problem.config.output.dtype),
     )
     return {**strength, "adapter": subfolder.relative_to(folder).as_posix()}
 

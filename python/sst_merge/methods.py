@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from .adapters import LowRank, factor
 from .baselines import dare, diagonal_sst_mask, interpolation, task_arithmetic, ties
 from .coordinates import from_core
+from .directions import Directions, find_directions, shared_damping
 from .problem import Curvature, Problem
-from .select import Directions, apply_filter, filter_factors, find_directions, shared_damping
+from .select import filtered_cores, kept_coefficients
 from .settings import (
     AlphaParameters,
     DareParameters,
@@ -35,8 +37,8 @@ class Plan:
         update: (module name, α) -> ΔW, with ΔW's matrix given either as a core in `problem.bases` or dense.
         in_core: Whether `update` gives cores.
         biases: (b_u, b_s, α) -> merged LoRA bias of a module.
-        directions: Module name -> solution of its pencil (SST only).
-        factors: Module name -> filter factors (SST only).
+        directions: Solutions of the pencils, by module or for all at once (SST only).
+        kept: α -> coefficients of Filter(τ) in the directions, by the same keys (SST only).
         curvature: The statistics used, if any.
         gamma: Shared damping γ (SST only).
     """
@@ -45,7 +47,7 @@ class Plan:
     in_core: bool
     biases: Formula
     directions: Mapping[str, Directions] = field(default_factory=dict)
-    factors: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Callable[[float], Mapping[str, Tensor]] | None = None
     curvature: Curvature | None = None
     gamma: float | None = None
 
@@ -104,7 +106,7 @@ def _dare(problem: Problem, parameters: DareParameters) -> Plan:
 
 def _diagonal_sst(problem: Problem, parameters: DiagonalSstParameters) -> Plan:
     """Δ_u + α m⊙τ, m from the diagonal Fishers of ΔW or of the core."""
-    curvature = problem.curvature(parameters, coordinates=parameters.coordinates, diagonal=True)
+    curvature = problem.curvature(parameters)
     in_core = parameters.coordinates == "core"
     statistics, names = curvature.statistics, list(curvature.patch)
     epsilon = shared_damping(statistics.benign, names, parameters.epsilon)
@@ -118,11 +120,37 @@ def _diagonal_sst(problem: Problem, parameters: DiagonalSstParameters) -> Plan:
 
 def _sst(problem: Problem, parameters: SstParameters) -> Plan:
     """Δ_u + α·Filter(τ), Filter from the pencils (F_harm, F_benign + γI)."""
-    curvature = problem.curvature(parameters, diagonal=parameters.fisher == "diagonal")
-    directions, gamma = find_directions(curvature.statistics, curvature.patch, parameters)
-    factors = filter_factors(directions, parameters)
-    kept = {name: apply_filter(d, factors[name], curvature.patch[name].shape) for name, d in directions.items()}
-    return Plan(_add_filtered(curvature, kept), True, _unfiltered(parameters), directions, factors, curvature, gamma)
+    curvature = problem.curvature(parameters)
+    return sst_plan(curvature, *find_directions(curvature.statistics, curvature.patch, parameters), parameters)
+
+
+def sst_plan(
+    curvature: Curvature, directions: Mapping[str, Directions], gamma: float, parameters: SstParameters
+) -> Plan:
+    """The plan of SST from pencils that are solved.
+
+    Args:
+        curvature: The statistics, with the patch.
+        directions: Of its pencils.
+        gamma: Their damping γ.
+        parameters: The selection is used.
+
+    Returns:
+        The plan.
+    """
+
+    def kept(alpha: float) -> dict[str, Tensor]:
+        return kept_coefficients(directions, parameters, alpha)
+
+    @lru_cache(maxsize=1)
+    def cores(alpha: float) -> dict[str, Tensor]:
+        return filtered_cores(directions, kept(alpha), curvature.patch)
+
+    def update(name: str, alpha: float) -> Tensor:
+        origin = curvature.origin[name]
+        return origin + alpha * cores(alpha)[name] if name in curvature.patch else origin
+
+    return Plan(update, True, _unfiltered(parameters), directions, kept, curvature, gamma)
 
 
 def _add_filtered(curvature: Curvature, kept: Mapping[str, Tensor]) -> Callable[[str, float], Tensor]:

@@ -20,9 +20,12 @@ from sst_kernels.collect import CoreBasis
 from .adapters import Adapter, LowRank, check_compatible, check_fits, read_adapter
 from .coordinates import core_basis, to_core, weight_basis
 from .data import TokenSequence, read_examples, split_held_out, tokenize
-from .fisher import CollectionSettings, Collector, Statistics, collect_statistics
+from .fingerprint import fingerprint
+from .fisher import CollectionSettings, Collector, collect_statistics
 from .memory import check_memory
 from .settings import Config, FisherParameters
+from .store import SERVES, FisherFolder
+from .sums import Statistics
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ class Problem:
                 if len(sequences) < len(examples):
                     left_out = f"{len(examples) - len(sequences)} of {len(examples)} examples left out"
                     self.remarks.append(f"calibration.{kind}: {left_out}, no loss-bearing token within max_length")
-                parts[kind] = split_held_out(sequences, c.held_out, self.config.parameters.seed)
+                parts[kind] = split_held_out(sequences, c.held_out, getattr(self.config.parameters, "seed", 0))
             except ValueError as error:
                 raise ValueError(f"calibration.{kind} ({path}): {error}") from None
         return parts
@@ -171,32 +174,30 @@ class Problem:
                 f"the tokenizer gives token {largest}, the base's vocabulary has {vocabulary}: they do not fit"
             )
 
-    def curvature(
-        self, parameters: FisherParameters, *, coordinates: str = "core", diagonal: bool = False
-    ) -> Curvature:
-        """Fishers of every module that the patch changes; collected at the first call, remembered after.
+    def curvature(self, parameters: FisherParameters) -> Curvature:
+        """Fishers of every module that the patch changes: remembered, else from `fisher_dir`, else collected.
 
         Args:
-            parameters: Patch, points, samples and seed are used.
-            coordinates: "core" or "weight".
-            diagonal: Diagonals are enough (exact Fishers may be returned if they are there).
+            parameters: Patch, points, samples, seed, and which Fishers in which coordinates.
 
         Returns:
-            The statistics in these coordinates.
+            The statistics; in a representation that holds more than was asked for, if it is there.
 
         Raises:
-            ValueError: Data or memory do not allow it.
+            ValueError: Data, memory, or what is in `fisher_dir`, do not allow it.
         """
-        key = (coordinates, *_collection_key(parameters))
-        for known in ((key, False), (key, diagonal)):
-            if known in self._curvature:
-                return self._curvature[known]
-        curvature = self._collect(parameters, coordinates, diagonal)
-        self._curvature[key, diagonal] = curvature
+        coordinates, representation = parameters.collected
+        collection = coordinates, parameters.patch, *parameters.weighted_points, parameters.samples, parameters.seed
+        for known in SERVES[representation]:
+            if (collection, known) in self._curvature:
+                return self._curvature[collection, known]
+        curvature = self._collect(parameters)
+        self._curvature[collection, representation] = curvature
         return curvature
 
-    def _collect(self, parameters: FisherParameters, coordinates: str, diagonal: bool) -> Curvature:
+    def _collect(self, parameters: FisherParameters) -> Curvature:
         """Bases, cores of the patch, and statistics."""
+        coordinates, representation = parameters.collected
         bases, origin, patch = {}, {}, {}
         for name in self.names:
             utility, safety = self.updates(name)
@@ -207,11 +208,24 @@ class Problem:
         changed = {name: tau for name, tau in patch.items() if tau.any()}
         if not changed:
             raise ValueError("the patch is zero: the safety adapter changes nothing, or both adapters are the same")
-        check_memory(self, {name: bases[name] for name in changed}, diagonal, coordinates)
-        settings = _collection_settings(parameters, self.config, diagonal)
+        folder = self._fisher_folder(parameters)
+        if folder is not None and folder.complete:
+            return Curvature(origin, changed, folder.statistics())
+        check_memory(self, {name: bases[name] for name in changed}, representation, coordinates)
+        settings = _collection_settings(parameters, self.config)
         with Collector(self.model, bases, origin, changed, settings) as collector:
-            statistics = collect_statistics(collector, self.calibration["harm"], self.calibration["benign"])
-        return Curvature(origin, changed, statistics)
+            harm, benign = self.calibration["harm"], self.calibration["benign"]
+            return Curvature(origin, changed, collect_statistics(collector, harm, benign, folder))
+
+    def _fisher_folder(self, parameters: FisherParameters) -> FisherFolder | None:
+        """Where the statistics are kept, if anywhere."""
+        path = self.config.fisher_dir
+        if path is None:
+            return None
+        folder = FisherFolder(path, fingerprint(self, parameters), self.config.device)
+        if self.config.calibration is None and not folder.complete:
+            raise ValueError(f"Fisher folder: {path} is not complete, and there is no `calibration` to go on with")
+        return folder
 
 
 def _read(path: str, weight: float, device: str) -> Adapter:
@@ -235,28 +249,7 @@ def _replace(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(module, leaf, nn.Parameter(value) if isinstance(current, nn.Parameter) else value)
 
 
-def _points(parameters: FisherParameters) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """T of the points where Fishers are taken, and their normalised weights."""
-    if parameters.where == "local":
-        return (0.0,), (1.0,)
-    points = parameters.points
-    weights = [1.0 if parameters.point_weights == "uniform" else 1.0 - t for t in points]
-    return points, tuple(w / sum(weights) for w in weights)
-
-
-def _collection_key(parameters: FisherParameters) -> tuple:
-    """What distinguishes one collection from another."""
-    return (parameters.patch, *_points(parameters), parameters.samples, parameters.seed)
-
-
-def _collection_settings(parameters: FisherParameters, config: Config, diagonal: bool) -> CollectionSettings:
+def _collection_settings(parameters: FisherParameters, config: Config) -> CollectionSettings:
     """Settings of a collection."""
-    points, weights = _points(parameters)
-    return CollectionSettings(
-        points,
-        weights,
-        diagonal,
-        config.calibration.batch_size,
-        parameters.samples,
-        parameters.seed,
-    )
+    batch_size, draws = config.calibration.batch_size, (parameters.samples, parameters.seed)
+    return CollectionSettings(*parameters.weighted_points, parameters.collected[1], batch_size, *draws)

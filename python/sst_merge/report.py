@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import plots
+from .directions import ALL_MODULES, Directions
 from .methods import Plan
 from .problem import Problem
+from .select import filtered_cores
 from .settings import Config
 
 CONFIG_NAME = "sst_config.yaml"
 LIBRARIES = ("sst-merge", "torch", "transformers", "peft", "safetensors", "numpy")
 
 
-def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]]) -> dict[str, Any]:
     """Every number of the report.
 
     Args:
         problem: The adapters.
         plan: The solved merge.
         strengths: Per α, what was written.
-        seconds: Wall time so far.
 
     Returns:
-        JSON-ready. Units: gain, cost and slope are nats per sequence (∝ α², α², α); damping shares are in [0, 1]. Kept
-        energy may exceed 1: the projector is orthogonal in the metric F_benign + γI, not in the Euclidean one.
+        JSON-ready. Units: gain, cost and slope are nats per sequence, of the filtered patch at α = 1 (they go with α²,
+        α² and α); damping shares are in [0, 1]. Kept energy may exceed 1: the projector is orthogonal in the metric
+        F_benign + γI, not in the Euclidean one. Modules and directions are those of the last α (only `budget` keeps
+        other directions at another α).
     """
-    modules = [_module(problem, plan, name) for name in problem.names]
+    alpha = strengths[-1]["alpha"]
+    summaries = {s["alpha"]: _pencils(plan, s["alpha"]) for s in strengths} if plan.directions else {}
     report = {
         "versions": {
             "python": platform.python_version(),
@@ -43,29 +48,81 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]], 
         "utility": problem.config.utility.model,
         "safety": problem.config.safety.model,
         "merge_method": problem.config.merge_method,
-        "seconds": round(seconds, 1),
-        "modules": modules,
-        "strengths": [{**s, **_predictions(modules, s["alpha"])} for s in strengths] if plan.directions else strengths,
+        "modules": [_module(problem, plan, name, summaries.get(alpha, {})) for name in problem.names],
+        "strengths": [{**s, **_predictions(summaries.get(s["alpha"], {}), s["alpha"])} for s in strengths],
         "remarks": problem.remarks,
+        "warnings": [],
         "not_covered": _not_covered(problem),
     }
     if plan.curvature is not None:
-        statistics = plan.curvature.statistics
+        statistics, names = plan.curvature.statistics, plan.curvature.patch
+        points = sum(problem.config.parameters.weighted_points[1])
         report["sequences"] = {
-            kind: {part: len(problem.calibration[kind][i]) for i, part in enumerate(("found", "held_out"))}
+            kind: {
+                part: round(getattr(statistics, field).count / points)
+                for part, field in (("found", kind), ("held_out", f"{kind}_held"))
+            }
             for kind in ("harm", "benign")
         }
         report["fisher_trace"] = {
-            kind: sum(float(sums.diagonal_of(name).sum()) for name in plan.curvature.patch)
-            for kind, sums in (("harm", statistics.harm), ("benign", statistics.benign))
+            kind: sum(float(getattr(statistics, kind).diagonal_of(name).sum()) for name in names)
+            for kind in ("harm", "benign")
         }
+        report["fisher_dir"] = problem.config.fisher_dir
     if plan.directions:
+        pencils = summaries[alpha]
         report["gamma"] = plan.gamma
-        report["directions"] = {name: _spectrum(plan, name) for name in plan.directions}
+        report["directions"] = {label: _spectrum(plan, label, alpha) for label in plan.directions}
+        report["survival"] = _survival(pencils)
+        report["warnings"] += _not_surviving(report["survival"])
+        if ALL_MODULES in pencils:
+            report["joint"] = {key: value for key, value in pencils[ALL_MODULES].items() if key != "kept_energy"}
     return report
 
 
-def _module(problem: Problem, plan: Plan, name: str) -> dict[str, Any]:
+def _pencils(plan: Plan, alpha: float) -> dict[str, dict[str, Any]]:
+    """What is kept of every pencil's patch at a strength, in numbers."""
+    kept = plan.kept(alpha)
+    cores = filtered_cores(plan.directions, kept, plan.curvature.patch)
+    return {label: _pencil(plan, label, kept[label], cores) for label in plan.directions}
+
+
+def _pencil(plan: Plan, label: str, kept: Tensor, cores: Mapping[str, Tensor]) -> dict[str, Any]:
+    """One pencil: gain, cost, and how the kept part does on held-out sequences."""
+    d, statistics, patch = plan.directions[label], plan.curvature.statistics, plan.curvature.patch
+    tau = torch.cat([patch[name].flatten() for name in d.names])
+    phi = torch.cat([cores[name].flatten() for name in d.names])
+    both = torch.stack([phi, tau], 1)
+    damping = plan.gamma * both.square().sum(0)
+    gain_held = statistics.harm_held.quadratic(d.names, both)
+    cost_held = statistics.benign_held.quadratic(d.names, both) + damping
+    weight = kept.square()
+    return {
+        "n": len(tau),
+        "kept": float(_factors(d, kept).clamp(0, 1).sum()),
+        "kept_energy": {name: float(cores[name].square().sum() / patch[name].square().sum()) for name in d.names},
+        "gain": float((d.values * weight).sum()),
+        "gain_full": d.gain_full,
+        "cost": float(weight.sum()),
+        "cost_full": d.cost_full,
+        "kl": 0.5 * float(weight.sum() - damping[0]),
+        "kl_full": 0.5 * float(d.cost_full - damping[1]),
+        "slope": float((kept * d.gradient).sum()),
+        "ray": _mean(d.values, weight),
+        "ray_held": _mean(d.ray_held, weight),
+        "damping_share": _mean(d.damping_share, weight),
+        "solver": d.status,
+        "held": [float(x) for x in (gain_held[0], cost_held[0], gain_held[1], cost_held[1])],
+    }
+
+
+def _factors(directions: Directions, kept: Tensor) -> Tensor:
+    """F_i = s_i/c_i; 0 where the patch has nothing."""
+    c = directions.coefficients
+    return torch.where(c != 0, kept / c, 0.0)
+
+
+def _module(problem: Problem, plan: Plan, name: str, pencils: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """One row of the module table."""
     utility, safety = problem.updates(name)
     row = {
@@ -74,29 +131,14 @@ def _module(problem: Problem, plan: Plan, name: str) -> dict[str, Any]:
         "rank_utility": utility.rank,
         "rank_safety": safety.rank,
     }
-    if name not in plan.directions:
+    label = name if name in pencils else ALL_MODULES
+    if label not in pencils or name not in plan.curvature.patch:
         return row
-    d, f = plan.directions[name], plan.factors[name]
-    tau = plan.curvature.patch[name]
-    kept = d.vectors @ (f * d.coefficients)
-    gain, cost = d.values * d.coefficients**2, d.coefficients**2
-    weight = f * f * cost
-    return row | {
-        "n": len(f),
-        "kept": float(f.sum()),
-        "kept_energy": float(kept.square().sum() / tau.square().sum()),
-        "gain": float((f * f * gain).sum()),
-        "gain_full": float(gain.sum()),
-        "cost": float(weight.sum()),
-        "cost_full": float(cost.sum()),
-        "kl": 0.5 * float(weight.sum() - plan.gamma * kept.square().sum()),
-        "kl_full": 0.5 * float(cost.sum() - plan.gamma * tau.square().sum()),
-        "slope": float((f * d.slope).sum()),
-        "ray": _mean(d.values, weight),
-        "ray_held": _mean(d.ray_held, weight),
-        "damping_share": _mean(d.damping_share, weight),
-        "solver": d.status,
-    }
+    pencil = pencils[label]
+    row["kept_energy"] = pencil["kept_energy"][name]
+    if label != ALL_MODULES:
+        row |= {key: value for key, value in pencil.items() if key not in ("kept_energy", "held")}
+    return row
 
 
 def _mean(values: Tensor, weight: Tensor) -> float | None:
@@ -105,25 +147,49 @@ def _mean(values: Tensor, weight: Tensor) -> float | None:
     return float((weight * values).sum()) / total if total > 0 else None
 
 
-def _predictions(modules: Iterable[dict[str, Any]], alpha: float) -> dict[str, float]:
+def _predictions(pencils: Mapping[str, dict[str, Any]], alpha: float) -> dict[str, float]:
     """What the quadratic model says a strength does, in nats per sequence."""
-    rows = [m for m in modules if "kl" in m]
+    if not pencils:
+        return {}
+
+    def total(key: str) -> float:
+        return sum(pencil[key] for pencil in pencils.values())
+
     return {
-        "predicted_kl": alpha**2 * sum(m["kl"] for m in rows),
-        "predicted_kl_unfiltered": alpha**2 * sum(m["kl_full"] for m in rows),
-        "refusal_slope": alpha * sum(m["slope"] for m in rows),
+        "predicted_kl": alpha**2 * total("kl"),
+        "predicted_kl_unfiltered": alpha**2 * total("kl_full"),
+        "refusal_slope": alpha * total("slope"),
+        "predicted_refusal": alpha * total("slope") - 0.5 * alpha**2 * total("gain"),
     }
 
 
-def _spectrum(plan: Plan, name: str) -> dict[str, list[float]]:
-    """Per direction of one module, λ descending, six digits."""
-    d = plan.directions[name]
+def _survival(pencils: Mapping[str, dict[str, Any]]) -> dict[str, float | None]:
+    """Gain per cost on held-out sequences, of what is kept and of the whole patch, over all pencils."""
+    gain, cost, gain_full, cost_full = (sum(p["held"][i] for p in pencils.values()) for i in range(4))
+    return {"ray_held_kept": gain / cost if cost > 0 else None, "ray_held_whole_patch": gain_full / cost_full}
+
+
+def _not_surviving(survival: dict[str, float | None]) -> list[str]:
+    """A warning where the kept directions are no better than the whole patch on sequences they were not found with."""
+    kept, whole = survival.values()
+    if kept is None or kept > whole:
+        return []
+    return [
+        f"the kept directions do not survive: on held-out sequences their gain per cost is {kept:.3g}, that of the "
+        f"whole patch {whole:.3g}. They are noise of the sequences they were found with: give more calibration "
+        "examples, keep more (k, mu), or shrink (`shrinkage`)"
+    ]
+
+
+def _spectrum(plan: Plan, label: str, alpha: float) -> dict[str, list[float]]:
+    """Per direction of one pencil, λ descending, six digits."""
+    d = plan.directions[label]
     columns = {
         "value": d.values,
         "ray_held": d.ray_held,
         "damping_share": d.damping_share,
         "cost": d.coefficients**2,
-        "factor": plan.factors[name],
+        "factor": _factors(d, plan.kept(alpha)[label]),
     }
     return {key: [float(f"{x:.6g}") for x in column.tolist()] for key, column in columns.items()}
 

@@ -1,172 +1,77 @@
-r"""Directions of the safety patch by gain per cost, and filters over them.
+r"""What is kept of the safety patch: filters Σ f_i c_i v_i over the directions, by one of five rules.
 
-Per module the pencil is A v = λ B v, A = F_harm, B = F_benign + γI, both Fishers shrunk towards their diagonal,
-F ← (1−s)F + s·diag F, and one γ = ε·Σ tr F_benign / Σ n over *all* modules: only then is λ comparable between modules.
-With VᵀBV = I a patch φ has coordinates c = VᵀBφ, gain Σ λ_i c_i² and cost Σ c_i²; a filter keeps Σ f_i c_i v_i.
+- top_k: f = 1 for the k largest λ of every module, or of all (T4: raises gain per cost).
+- dof: the same with k = ⌈N_μ⌉, the degrees of freedom N_μ = Σ λ_i/(λ_i + μ).
+- soft: f_i = λ_i/(λ_i + μ), the minimum of (φ−τ)ᵀA(φ−τ) + μ φᵀBφ (T6).
+- budget: the most gain whose cost ½α²Σ f_i²c_i² is at most ρ nats: by falling λ over all modules, the last direction in
+  part (T5, a fractional knapsack in f²).
+- signed: no filter of the patch but the step that maximises ḡᵀφ − ½φᵀAφ with ½φᵀBφ ≤ ρ among the directions, of all
+  modules together: coefficients b_i/(λ_i + μ), b = Vᵀḡ, μ ≥ 0 the least that keeps to the budget. α multiplies it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from sst_kernels import Diagonal, EigenResult, Pencil, Status, solve
-from sst_kernels.result import REMEDIES
-
-from .fisher import FisherSums, Statistics
+from .directions import Directions
 from .settings import SstParameters
 
-_ELEMENTS_AT_ONCE = 1 << 25  # of one side of the stacked pencils: 256 MB in float64
+_BISECTIONS = 200
 
 
-@dataclass(frozen=True)
-class Directions:
-    """Solution of one module's pencil, with the patch in its coordinates; all float64.
-
-    Attributes:
-        values: (n,), λ descending.
-        vectors: (n, n), V with VᵀBV = I.
-        coefficients: (n,), c = VᵀBφ.
-        ray_held: (n,), vᵀA_h v / vᵀB_h v with the held-out Fishers (not shrunk, B_h damped by the same γ).
-        damping_share: (n,), γ vᵀv / vᵀBv: near 1, benign data said nothing about the direction.
-        slope: (n,), ḡᵀv_i c_i: first-order change of log p(refusal) from keeping direction i.
-        status: Names of the solver's status bits (`sst_kernels.Status`).
-    """
-
-    values: Tensor
-    vectors: Tensor
-    coefficients: Tensor
-    ray_held: Tensor
-    damping_share: Tensor
-    slope: Tensor
-    status: str
-
-
-def shared_damping(benign: FisherSums, names: list[str], epsilon: float) -> float:
-    """γ = ε·Σ tr F_benign / Σ n over the modules named."""
-    diagonals = [benign.diagonal_of(name) for name in names]
-    return epsilon * sum(float(d.sum()) for d in diagonals) / sum(len(d) for d in diagonals)
-
-
-def _shrunk(sums: FisherSums, name: str, settings: SstParameters) -> Tensor:
-    """(1−s)F + s·diag F, (n, n); only the diagonal, (n,), where the representation is diagonal."""
-    diagonal = sums.diagonal_of(name)
-    if settings.fisher == "diagonal":
-        return diagonal
-    s = settings.shrinkage
-    return (1 - s) * sums.fisher(name) + s * torch.diag(diagonal)
-
-
-def _quadratic(fisher: Tensor, vectors: Tensor) -> Tensor:
-    """vᵀFv for every column v, F given whole or as its diagonal."""
-    product = fisher @ vectors if fisher.ndim == 2 else fisher.unsqueeze(1) * vectors
-    return (vectors * product).sum(0)
-
-
-def _batches_of_equal_n(statistics: Statistics, names: list[str]) -> Iterator[list[str]]:
-    """Names grouped by n, each group small enough to be stacked."""
-    groups: defaultdict[int, list[str]] = defaultdict(list)
-    for name in names:
-        groups[len(statistics.gradient[name])].append(name)
-    for n, members in groups.items():
-        size = max(1, _ELEMENTS_AT_ONCE // (n * n))
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
-
-
-def find_directions(
-    statistics: Statistics, patch: Mapping[str, Tensor], settings: SstParameters
-) -> tuple[dict[str, Directions], float]:
-    """All eigenpairs of every module's pencil.
-
-    Args:
-        statistics: Fishers of every module in `patch`.
-        patch: Module name -> core of τ, (r_out, r_in).
-        settings: Representation, shrinkage and damping are used.
-
-    Returns:
-        Module name -> directions, and γ.
-
-    Raises:
-        ValueError: A pencil could not be solved; names the module and the remedy.
-    """
-    names = list(patch)
-    gamma = shared_damping(statistics.benign, names, settings.damping)
-    found: dict[str, Directions] = {}
-    for group in _batches_of_equal_n(statistics, names):
-        a = torch.stack([_shrunk(statistics.harm, name, settings) for name in group])
-        b = torch.stack([_shrunk(statistics.benign, name, settings) for name in group])
-        if settings.fisher == "diagonal":
-            b = b + gamma
-            result = solve(Pencil(Diagonal(a), Diagonal(b)), b.shape[-1])
-        else:
-            b = b + gamma * torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
-            result = solve(Pencil(a, b), b.shape[-1])
-        for i, name in enumerate(group):
-            status = _check_solved(name, result, i)
-            pairs = result.values[i], result.vectors[i]
-            found[name] = _directions(statistics, name, patch[name].flatten(), (b[i], gamma), pairs, status)
-    return {name: found[name] for name in names}, gamma
-
-
-def _check_solved(name: str, result: EigenResult, i: int) -> str:
-    """The names of the i-th pencil's status bits; ValueError if it has no solution."""
-    status = Status(int(result.status[i]))
-    if not result.values[i].isfinite().all():
-        reasons = "; ".join(text for bit, text in REMEDIES.items() if bit in status)
-        raise ValueError(
-            f"the pencil of module {name!r} could not be solved: {reasons}. A is F_harm, B is F_benign + γI: raise "
-            "`damping`, or give more benign examples"
-        )
-    return ", ".join(bit.name for bit in Status if bit in status)
-
-
-def _directions(
-    statistics: Statistics,
-    name: str,
-    phi: Tensor,
-    metric: tuple[Tensor, float],
-    pairs: tuple[Tensor, Tensor],
-    status: str,
-) -> Directions:
-    """Diagnostics of one module's eigenpairs."""
-    (b, gamma), (values, vectors) = metric, pairs
-    b_phi = b @ phi if b.ndim == 2 else b * phi
-    coefficients = vectors.mT @ b_phi
-    norms = vectors.square().sum(0)
-    held = _quadratic(statistics.harm_held.fisher(name), vectors)
-    held = held / (_quadratic(statistics.benign_held.fisher(name), vectors) + gamma * norms)
-    share = gamma * norms / _quadratic(b, vectors)
-    slope = (vectors.mT @ statistics.gradient[name]) * coefficients
-    return Directions(values, vectors, coefficients, held, share, slope, status)
-
-
-def filter_factors(directions: Mapping[str, Directions], settings: SstParameters) -> dict[str, Tensor]:
-    """f_i ∈ [0, 1] of every direction.
+def kept_coefficients(directions: Mapping[str, Directions], settings: SstParameters, alpha: float) -> dict[str, Tensor]:
+    """Coefficients s_i of what is kept, Filter(τ) = Σ s_i v_i; s_i = f_i c_i but for `signed`.
 
     Args:
         directions: From `find_directions`.
-        settings: Rule, k, scope and μ are used.
+        settings: Rule, k, scope, μ and ρ are used.
+        alpha: The strength that Filter(τ) is multiplied by, which `budget` takes into account.
 
     Returns:
-        Module name -> (n,).
+        Key of `directions` -> (m,).
 
     Raises:
-        ValueError: k is larger than the number of directions.
+        ValueError: k is larger than the number of directions, or there is no λ > 0.
     """
-    values = {name: d.values for name, d in directions.items()}
-    if settings.select == "soft":
+    values = {name: d.values.clamp(min=0) for name, d in directions.items()}
+    if settings.select == "signed":
+        return _signed(directions, 2 * settings.rho)
+    if settings.select == "budget":
+        factors = _within(directions, 2 * settings.rho / alpha**2 if alpha else math.inf)
+    elif settings.select == "soft":
         mu = _median_gain(values) if settings.mu is None else settings.mu
-        return {name: v.clamp(min=0) / (v.clamp(min=0) + mu) for name, v in values.items()}
-    if settings.scope == "module":
-        counts = {name: _count(settings.k, len(v), f"module {name!r}") for name, v in values.items()}
+        factors = {name: v / (v + mu) for name, v in values.items()}
     else:
-        counts = _global_counts(values, settings.k)
-    return {name: (torch.arange(len(v), device=v.device) < counts[name]).to(v.dtype) for name, v in values.items()}
+        counts = _counts(values, settings)
+        factors = {name: (torch.arange(len(v), device=v.device) < counts[name]).to(v) for name, v in values.items()}
+    return {name: factors[name] * d.coefficients for name, d in directions.items()}
+
+
+def _counts(values: Mapping[str, Tensor], settings: SstParameters) -> dict[str, int]:
+    """How many directions top_k and dof keep of each pencil."""
+    if settings.select == "dof":
+        mu = _median_gain(values) if settings.mu is None else settings.mu
+        freedom = {name: float((v / (v + mu)).sum()) for name, v in values.items()}
+        if settings.scope == "module":
+            return {name: _ceil(f) for name, f in freedom.items()}
+        return _global_counts(values, _ceil(sum(freedom.values())))
+    if settings.scope == "module":
+        return {name: _count(settings.k, len(v), _named(name)) for name, v in values.items()}
+    return _global_counts(values, settings.k)
+
+
+def _ceil(freedom: float) -> int:
+    """⌈N_μ⌉, rounding aside."""
+    return math.ceil(freedom * (1 - 1e-12))
+
+
+def _named(name: str) -> str:
+    """A pencil in an error message."""
+    return f"module {name!r}"
 
 
 def _median_gain(values: Mapping[str, Tensor]) -> float:
@@ -187,17 +92,71 @@ def _count(k: int | float, n: int, where: str) -> int:
     return k
 
 
+def _ranked(values: Mapping[str, Tensor]) -> Tensor:
+    """Order of all λ of all pencils, falling; ties go to the one named first."""
+    return torch.cat(list(values.values())).argsort(descending=True, stable=True)
+
+
 def _global_counts(values: Mapping[str, Tensor], k: int | float) -> dict[str, int]:
-    """How many of the k largest λ over all modules fall into each; ties go to the module named first."""
-    ranked = torch.cat(list(values.values())).argsort(descending=True, stable=True)
-    kept = ranked[: _count(k, len(ranked), "the model")]
-    counts, start = {}, 0
-    for name, v in values.items():
-        counts[name] = int(((kept >= start) & (kept < start + len(v))).sum())
-        start += len(v)
-    return counts
+    """How many of the k largest λ over all pencils fall into each."""
+    ranked = _ranked(values)
+    kept = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
+    kept[ranked[: _count(k, len(ranked), "the model")]] = True
+    return {name: int(part.sum()) for name, part in _split(kept, values).items()}
 
 
-def apply_filter(directions: Directions, factors: Tensor, core_shape: tuple[int, int]) -> Tensor:
-    """Filter(τ) = Σ f_i c_i v_i, as a core (r_out, r_in)."""
-    return (directions.vectors @ (factors * directions.coefficients)).reshape(core_shape)
+def _split(pooled: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entries of all pencils, one after another, by pencil."""
+    return dict(zip(like, pooled.split([len(v) for v in like.values()]), strict=True))
+
+
+def _within(directions: Mapping[str, Directions], cost: float) -> dict[str, Tensor]:
+    """F by falling λ until Σ f²c² = cost; the direction that would exceed it in part, f² = what is left / c²."""
+    values = {name: d.values for name, d in directions.items()}
+    costs = torch.cat([d.coefficients.square() for d in directions.values()])
+    ranked = _ranked(values)
+    ordered = costs[ranked]
+    left = cost - (ordered.cumsum(0) - ordered)  # before each direction
+    squared = torch.where(ordered > 0, (left / ordered).clamp(0, 1), (left >= 0).to(ordered))
+    return _split(torch.empty_like(costs).index_copy_(0, ranked, squared.sqrt()), values)
+
+
+def _signed(directions: Mapping[str, Directions], cost: float) -> dict[str, Tensor]:
+    """s_i = b_i/(λ_i + μ), μ = 0 if Σ s_i² ≤ cost then, else the root of Σ s_i² = cost by bisection in log μ."""
+    b = torch.cat([d.gradient for d in directions.values()])
+    values = torch.cat([d.values.clamp(min=0) for d in directions.values()])
+    if not b.any():
+        raise ValueError("select: signed needs the gradient of log p(refusal), and it is zero; check calibration.harm")
+
+    def step(mu: float) -> Tensor:
+        return torch.where(b == 0, 0.0, b / (values + mu))
+
+    # Σ s² ≤ Σ b²/μ², so the root is below ‖b‖/√cost; far below it the sum is that of μ = 0 to rounding.
+    high = float(torch.linalg.vector_norm(b)) / math.sqrt(cost)
+    low = high * 1e-30
+    if float(step(low).square().sum()) <= cost:
+        return _split(step(low), {name: d.values for name, d in directions.items()})
+    for _ in range(_BISECTIONS):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if float(step(middle).square().sum()) > cost else (low, middle)
+    return _split(step(high), {name: d.values for name, d in directions.items()})
+
+
+def filtered_cores(
+    directions: Mapping[str, Directions], kept: Mapping[str, Tensor], patch: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Filter(τ) = Σ s_i v_i as cores.
+
+    Args:
+        directions: From `find_directions`.
+        kept: From `kept_coefficients`.
+        patch: Module name -> core of τ, for its shape.
+
+    Returns:
+        Module name -> (r_out, r_in), float64.
+    """
+    cores = {}
+    for label, d in directions.items():
+        parts = (d.vectors @ kept[label]).split([patch[name].numel() for name in d.names])
+        cores |= {name: part.reshape(patch[name].shape) for name, part in zip(d.names, parts, strict=True)}
+    return cores

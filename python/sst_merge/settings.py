@@ -65,19 +65,33 @@ class FisherParameters(AlphaParameters):
     samples: int = 1
     seed: int = 0
 
+    @property
+    def collected(self) -> tuple[str, str]:
+        """Coordinates ("core" or "weight") and representation ("exact", "gram" or "diagonal") of the Fishers."""
+        return "core", "exact"
+
+    @property
+    def weighted_points(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """T of the points where Fishers are taken, and their normalised weights."""
+        if self.where == "local":
+            return (0.0,), (1.0,)
+        weights = [1.0 if self.point_weights == "uniform" else 1.0 - t for t in self.points]
+        return self.points, tuple(w / sum(weights) for w in weights)
+
 
 @dataclass(frozen=True)
 class SstParameters(FisherParameters):
-    """SST in core coordinates; see `select.SelectionSettings`.
+    """SST in core coordinates; see `select`.
 
     Attributes:
-        fisher: "exact" or "diagonal".
-        shrinkage: s in [0, 1], towards the diagonal.
-        damping: ε ≥ 0, in units of the mean diagonal of F_benign.
-        select: "top_k" or "soft".
+        fisher: "exact" or "diagonal", a pencil a module; or "gram", one pencil over all modules.
+        shrinkage: s in [0, 1], towards the diagonal; with "gram" of F_benign alone.
+        damping: ε > 0, in units of the mean diagonal of F_benign.
+        select: "top_k", "soft", "dof", "budget" or "signed".
         k: Count (integer) or share (float in (0, 1]) of directions that top_k keeps.
-        scope: "module", k in every module; or "global", k over all modules by one ranking.
-        mu: μ > 0 of soft; the median λ when null.
+        scope: Of top_k and dof: "module", k in every module; or "global", k over all modules by one ranking.
+        mu: μ > 0 of soft and dof; the median λ when null.
+        rho: ρ > 0 of budget and signed, nats per sequence: what the merged patch may cost, ½φᵀBφ.
     """
 
     fisher: str = "exact"
@@ -87,6 +101,12 @@ class SstParameters(FisherParameters):
     k: int | float = 0.05
     scope: str = "module"
     mu: float | None = None
+    rho: float | None = None
+
+    @property
+    def collected(self) -> tuple[str, str]:
+        """Core coordinates, and the representation that `fisher` names."""
+        return "core", self.fisher
 
 
 @dataclass(frozen=True)
@@ -104,6 +124,11 @@ class DiagonalSstParameters(FisherParameters):
     mask: str = "hard"
     share: float = 0.25
     epsilon: float = 0.1
+
+    @property
+    def collected(self) -> tuple[str, str]:
+        """Diagonals in the coordinates asked for."""
+        return self.coordinates, "diagonal"
 
 
 METHOD_PARAMETERS: dict[str, type[AlphaParameters]] = {
@@ -177,6 +202,8 @@ class Config:
         device: Torch device.
         trust_remote_code: Run code that comes with the base model.
         download: Let the model library reach the network for `base_model`.
+        fisher_dir: Folder of statistics: used if they are there, gone on with if they are there in part, else written.
+        tune: Choose ε, shrinkage, k or μ, and α on the held-out sequences; see `tune`.
     """
 
     base_model: str
@@ -190,6 +217,8 @@ class Config:
     device: str = "cpu"
     trust_remote_code: bool = False
     download: bool = False
+    fisher_dir: str | None = None
+    tune: bool = False
 
     @property
     def alphas(self) -> tuple[float, ...]:

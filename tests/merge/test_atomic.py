@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sst_merge.atomic import check_output_dir, replace_dir, write_bytes, write_text
+from sst_merge.atomic import check_output_dir, replace_dir, replace_file, write_text
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -96,7 +96,8 @@ def test_a_link_is_followed(tmp_path):
 def test_files(tmp_path):
     write_text(tmp_path / "a", "grün")
     assert (tmp_path / "a").read_bytes() == "grün".encode()
-    write_bytes(tmp_path / "a", b"2")
-    with pytest.raises(TypeError):
-        write_bytes(tmp_path / "a", 3)
+    with replace_file(tmp_path / "a") as fresh:
+        fresh.write_bytes(b"2")
+    with pytest.raises(TypeError), replace_file(tmp_path / "a") as fresh:
+        fresh.write_bytes(3)
     assert tree(tmp_path) == {"a": "2"}

@@ -27,7 +27,7 @@ def run_merge(setup, tmp_path: Path, capsys, *arguments: str, method: str = "sst
     before = {p.name for p in tmp_path.iterdir()}
     code = main(["merge", str(path), "--out", str(tmp_path / "out"), *arguments])
     if code:
-        assert {p.name for p in tmp_path.iterdir()} == before
+        assert {p.name for p in tmp_path.iterdir()} - {"out.fisher"} == before - {"out.fisher"}
     return code, capsys.readouterr().err
 
 
@@ -130,6 +130,7 @@ def test_existing_output_is_kept_unless_told_otherwise(setup, tmp_path, capsys):
 def test_memory_is_printed_and_a_run_that_cannot_fit_is_refused(setup, tmp_path, capsys, monkeypatch):
     assert run_merge(setup, tmp_path, capsys)[0] == 0
     shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out.fisher")
     monkeypatch.setattr("sst_merge.memory.available_memory", lambda device: 1000)
     code, error = run_merge(setup, tmp_path, capsys)
     assert code == 2 and "are needed" in error and "batch_size" in error
@@ -149,7 +150,11 @@ def test_failure_leaves_no_parent_folders(setup, tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(setup.config("sst", k=10**6)))
     assert main(["merge", str(path), "--out", str(tmp_path / "new/deep/out")]) == 2
-    assert not (tmp_path / "new").exists() and "got k" in capsys.readouterr().err
+    assert "got k" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "new/deep").iterdir()] == ["out.fisher"]  # what was gathered is kept
+    path.write_text(yaml.safe_dump(setup.config("task_arithmetic") | {"base_model": str(setup.base / "absent")}))
+    assert main(["merge", str(path), "--out", str(tmp_path / "other/deep/out")]) == 2
+    assert not (tmp_path / "other").exists()
 
 
 def test_damaged_bases(setup, base_dir, tmp_path, capsys):
@@ -180,7 +185,7 @@ def test_inspect(setup, capsys):
     assert main(["inspect", str(setup.safety / "absent")]) == 2
 
 
-def test_interrupt_at_any_moment_leaves_nothing(setup, tmp_path):
+def test_interrupt_at_any_moment_leaves_no_output(setup, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(setup.config("sst", samples=50)))
     command = [sys.executable, "-m", "sst_merge.cli", "merge", str(config), "--out", str(tmp_path / "out")]
@@ -202,13 +207,14 @@ def test_interrupt_at_any_moment_leaves_nothing(setup, tmp_path):
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
         if (tmp_path / "out").exists():  # the signal came too late: the output must be whole
-            assert {p.name for p in tmp_path.iterdir()} == before | {"out"}
+            assert {p.name for p in tmp_path.iterdir()} == before | {"out", "out.fisher"}
             assert {"adapter_model.safetensors", "report.json", "report.md", "spectrum.png"} <= {
                 p.name for p in (tmp_path / "out").iterdir()
             }
             shutil.rmtree(tmp_path / "out")
             continue
         interrupted += 1
-        assert process.returncode == 130 and "nothing was written" in error, error
-        assert {p.name for p in tmp_path.iterdir()} == before
+        assert process.returncode == 130 and "no output was written" in error, error
+        assert {p.name for p in tmp_path.iterdir()} <= before | {"out.fisher"}
+        shutil.rmtree(tmp_path / "out.fisher", ignore_errors=True)
     assert interrupted

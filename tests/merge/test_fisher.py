@@ -14,10 +14,11 @@ from sst_merge.data import TokenSequence, batches
 from sst_merge.fisher import (
     CollectionSettings,
     Collector,
-    FisherSums,
+    Part,
     collect_statistics,
     log_likelihood,
 )
+from sst_merge.sums import FisherSums
 
 NAMES = {"model.layers.0.self_attn.v_proj": (8, 8), "model.layers.1.mlp.gate_proj": (12, 8)}
 VOCABULARY = 7
@@ -71,30 +72,37 @@ def dense_gradient(model, bases, cores, sequence: TokenSequence, labels: list[in
     return {n: torch.autograd.grad(loss, leaf, retain_graph=True)[0].flatten() for n, leaf in leaves.items()}
 
 
-def collect(model, bases, origin, patch, settings, sequences, **kwargs) -> FisherSums:
+def collect(model, bases, origin, patch, settings, sequences, *, sampled, points) -> FisherSums:
     with Collector(model, bases, origin, patch, settings) as collector:
-        return collector.collect(sequences, title="test", **kwargs)
+        return collector.collect(Part("test", sequences, sampled, points, settings.representation))
 
 
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_empirical_fisher_on_the_path(diagonal):
+@pytest.mark.parametrize("representation", ["exact", "gram", "diagonal"])
+@pytest.mark.parametrize("count", [2, 4])  # with two points 4 or 8 rows, n = 6 coordinates
+def test_empirical_fisher_on_the_path(representation, count):
     model, (bases, origin, patch), sequences = (
         make_model(),
         make_problem(),
-        make_sequences([5, 9, 3, 6]),
+        make_sequences([5, 9, 3, 6][:count]),
     )
     points = {0.25: 0.75, 0.5: 0.25}
-    settings = CollectionSettings(diagonal=diagonal, batch_size=3)
+    settings = CollectionSettings(representation=representation, batch_size=3)
     sums = collect(model, bases, origin, patch, settings, sequences, sampled=False, points=points)
     for name in NAMES:
         expected, mean = 0, 0
         for (t, w), s in itertools.product(points.items(), sequences):
             g = dense_gradient(model, bases, {n: origin[n] + t * patch[n] for n in NAMES}, s, s.input_ids)[name]
-            expected, mean = expected + w * torch.outer(g, g) / 4, mean + w * g / 4
+            expected, mean = expected + w * torch.outer(g, g) / count, mean + w * g / count
         torch.testing.assert_close(
-            sums.fisher(name), expected.diagonal() if diagonal else expected, rtol=1e-5, atol=1e-7
+            sums.fisher(name), expected.diagonal() if representation == "diagonal" else expected, rtol=1e-5, atol=1e-7
         )
+        torch.testing.assert_close(sums.diagonal_of(name), expected.diagonal(), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(sums.mean_gradient(name), mean, rtol=1e-5, atol=1e-7)
+        vectors = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        metric = expected.diagonal().diag() if representation == "diagonal" else expected
+        quadratic = (vectors * (metric @ vectors)).sum(0)
+        torch.testing.assert_close(sums.quadratic([name], vectors), quadratic, rtol=1e-5, atol=1e-7)
+        assert (name in sums.rows) == (representation == "gram" or (representation == "exact" and count == 2))
 
 
 def test_results_do_not_depend_on_batch_size_or_order():
@@ -204,7 +212,7 @@ def test_statistics_take_each_fisher_from_its_sequences_labels_and_points():
             torch.testing.assert_close(sums.fisher(n), expected[n], rtol=1e-5, atol=1e-7)
     for n in NAMES:
         mean = sum(dense_gradient(model, bases, points[0.0], s, s.input_ids)[n] for s in harm[0]) / 2
-        torch.testing.assert_close(statistics.gradient[n], mean, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(statistics.gradient(n), mean, rtol=1e-5, atol=1e-7)
 
 
 def test_overflow_and_repeated_modules_are_named():

@@ -183,7 +183,8 @@ def test_report_numbers(setup, tmp_path):
     for picture in ("spectrum", "gain_cost", "kept_energy", "ray_held", "damping_share"):
         data = (tmp_path / f"out/{picture}.png").read_bytes()
         assert data.startswith(b"\x89PNG") and f"({picture}.png)" in text
-    assert load_config(tmp_path / "out/sst_config.yaml") == load_config(setup.config("sst", k=7, scope="global"))
+    resolved = load_config(setup.config("sst", k=7, scope="global"), fisher_dir=tmp_path / "out.fisher")
+    assert load_config(tmp_path / "out/sst_config.yaml") == resolved
 
 
 def test_biases_follow_the_method(base_dir, make_adapter, setup):

@@ -1,0 +1,269 @@
+"""Statistics on disk: sums and counts in safetensors, with the fingerprint of the run that gathers them.
+
+A folder holds `fisher.json`, the fingerprint, and a file for each field of `Statistics`, with how far it has come in
+its metadata. Every file is written beside its place and renamed into it, so that a run killed at any moment leaves a
+folder that the next one goes on with.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from . import atomic
+from .sums import FisherSums, Statistics
+
+FINGERPRINT_NAME = "fisher.json"
+PARTS = tuple(f.name for f in fields(Statistics))
+SAVE_EVERY = 4  # batches
+SAVE_SHARE = 10  # a save waits until this many times what the last one took has passed
+
+SERVES = {"exact": {"exact", "gram"}, "gram": {"gram"}, "diagonal": {"diagonal", "exact", "gram"}}
+"""Representation wanted -> those it can be had from."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the sums of a part have come.
+
+    Attributes:
+        sums: What is there.
+        batches: How many batches, over all points, are in it.
+        complete: Whether that is all of them.
+    """
+
+    sums: FisherSums
+    batches: int
+    complete: bool
+
+
+class FisherFolder:
+    """The folder of one collection, made at the first save.
+
+    Args:
+        path: The folder.
+        fingerprint: What the statistics are of: nested mappings of JSON values.
+        device: Where loaded tensors go.
+
+    Raises:
+        ValueError: The folder holds something else, or statistics of another run; names the differences.
+    """
+
+    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], device: str = "cpu") -> None:
+        self.path, self.device = Path(path), device
+        self._waited, self._saved_at, self._took = 0, time.monotonic(), 0.0
+        known = read_fingerprint(self.path, missing_ok=True)
+        if known is not None:
+            self.fingerprint = known
+            _check_same(self.path, known, fingerprint, complete=self.complete)
+            for left in self.path.glob(".*.new"):  # by a process that was killed while it wrote
+                left.unlink()
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ValueError(
+                f"Fisher folder: {self.path} exists and holds no {FINGERPRINT_NAME}; name a new or empty folder"
+            )
+        self.fingerprint = dict(fingerprint)
+
+    def _file(self, part: str) -> Path:
+        """The file of a part."""
+        return self.path / f"{part}.safetensors"
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part is there to its end."""
+        return all(self._file(part).is_file() and read_metadata(self._file(part))["complete"] for part in PARTS)
+
+    def load(self, part: str, sums: FisherSums | None = None) -> Progress | None:
+        """What is there of a part.
+
+        Args:
+            part: A field of `Statistics`.
+            sums: Empty sums with room for all rows; None for a part that is complete.
+
+        Returns:
+            The sums and how far they have come; None where there is nothing yet.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        file = self._file(part)
+        if not file.is_file():
+            return None
+        metadata = read_metadata(file)
+        if metadata["complete"] and not metadata["count"] > 0:
+            raise ValueError(f"Fisher folder: {file} sums over {metadata['count']} sequences; collect it again")
+        with safe_open(file, framework="pt", device=self.device) as tensors:
+            loaded = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        sums = FisherSums(metadata["representation"]) if sums is None else sums
+        sums.load(loaded, metadata["count"])
+        return Progress(sums, metadata["batches"], metadata["complete"])
+
+    def statistics(self) -> Statistics:
+        """All parts of a complete collection."""
+        return Statistics(**{part: self.load(part).sums for part in PARTS})
+
+    def save_now_and_then(self, part: str, sums: FisherSums, batches: int) -> None:
+        """Save a part after a batch, if `SAVE_EVERY` batches have come and saving is not a tenth of the work.
+
+        Args:
+            part: A field of `Statistics`.
+            sums: So far.
+            batches: How many batches are in them.
+        """
+        self._waited += 1
+        now = time.monotonic()
+        if self._waited < SAVE_EVERY or now - self._saved_at < SAVE_SHARE * self._took:
+            return
+        self.save(part, sums, batches)
+        self._waited, self._saved_at = 0, time.monotonic()
+        self._took = self._saved_at - now
+
+    def save(self, part: str, sums: FisherSums, batches: int | None = None) -> None:
+        """Replace the file of a part.
+
+        Args:
+            part: A field of `Statistics`.
+            sums: So far.
+            batches: How many batches are in them; None when complete.
+
+        Raises:
+            OSError: It cannot be written (disk full, …); the earlier file stays.
+        """
+        metadata = {
+            "representation": sums.representation,
+            "count": sums.count,
+            "batches": batches or 0,
+            "complete": batches is None,
+        }
+        tensors = {key: tensor.contiguous() for key, tensor in sums.tensors().items()}
+        self._begin()
+        with atomic.replace_file(self._file(part)) as fresh:
+            try:
+                save_file(tensors, fresh, metadata={"sst_merge": json.dumps(metadata)})
+            except SafetensorError as error:
+                raise OSError(f"Fisher folder: {self._file(part)} could not be written: {error}") from None
+
+    def _begin(self) -> None:
+        """Make the folder at the first save."""
+        file = self.path / FINGERPRINT_NAME
+        if not file.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(file, json.dumps(self.fingerprint, indent=1) + "\n")
+
+
+def read_fingerprint(path: Path, *, missing_ok: bool = False) -> dict[str, Any] | None:
+    """The fingerprint of a folder of statistics.
+
+    Args:
+        path: The folder.
+        missing_ok: Return None, instead of raising, where there is none.
+
+    Returns:
+        The fingerprint.
+
+    Raises:
+        ValueError: There is none, or it is damaged.
+    """
+    file = path / FINGERPRINT_NAME
+    if not file.is_file():
+        if missing_ok:
+            return None
+        raise ValueError(
+            f"Fisher folder: {path} holds no {FINGERPRINT_NAME}; name a folder that `sst-merge fisher` wrote"
+        )
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"Fisher folder: {file} is damaged ({error}); remove {path} and collect again") from None
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """How far a part has come, from its file's header.
+
+    Args:
+        file: The part's file.
+
+    Returns:
+        "representation", "count", "batches" and "complete".
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return json.loads(tensors.metadata()["sst_merge"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"Fisher folder: {file} is damaged ({error}); remove it to collect this part again") from None
+
+
+def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any], complete: bool) -> None:
+    """ValueError unless the statistics in a folder are those that are wanted."""
+    known, wanted = dict(known), dict(wanted)
+    if complete:
+        wanted.pop("batch_size", None)  # a matter of speed, once all is summed
+        known = {key: value for key, value in known.items() if key in wanted}  # without data here, none to compare
+        if known["representation"] in SERVES[wanted["representation"]]:
+            wanted["representation"] = known["representation"]
+        if "data" in wanted and all(set(wanted["data"][kind]) <= set(known["data"][kind]) for kind in known["data"]):
+            wanted["data"] = known["data"]
+    if differences := _differences(known, wanted):
+        raise ValueError(
+            f"Fisher folder: {path} holds statistics of another run: {'; '.join(differences)}. Name another folder "
+            "(--fisher), or remove this one"
+        )
+
+
+def _differences(known: Any, wanted: Any, where: str = "") -> list[str]:
+    """'key: there …, wanted …' for every leaf that differs."""
+    if isinstance(known, Mapping) and isinstance(wanted, Mapping):
+        keys = dict.fromkeys([*known, *wanted])
+        return [d for key in keys for d in _differences(known.get(key), wanted.get(key), f"{where}.{key}".lstrip("."))]
+    return [] if known == wanted else [f"{where} is {_short(known)} there, {_short(wanted)} here"]
+
+
+def _short(value: Any) -> str:
+    """A value, hashes cut to what tells them apart."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+def add_folders(parts: Sequence[str | Path], out: str | Path) -> None:
+    """Sums over the sequences of several complete collections, as a new folder.
+
+    Args:
+        parts: Two folders or more, collected by equal models and settings from different data.
+        out: The folder to write; it appears whole or not at all.
+
+    Raises:
+        ValueError: A part is incomplete, or of other models, settings or normalisation, or has data of another.
+    """
+    folders = [Path(part) for part in parts]
+    if len(folders) < 2:
+        raise ValueError(f"fisher --add: expected two folders or more, got {len(folders)}")
+    fingerprints = [read_fingerprint(folder) for folder in folders]
+    data = {kind: [d for known in fingerprints for d in known["data"][kind]] for kind in fingerprints[0]["data"]}
+    for kind, digests in data.items():
+        if len(set(digests)) < len(digests):
+            raise ValueError(f"fisher --add: two of the folders hold the same {kind} data, which would count twice")
+    total = {**fingerprints[0], "data": data}
+    opened = [
+        FisherFolder(path, {**total, "data": known["data"]}) for path, known in zip(folders, fingerprints, strict=True)
+    ]
+    for folder in opened:
+        if not folder.complete:
+            raise ValueError(f"fisher --add: {folder.path} is not complete; finish it with `sst-merge fisher`")
+    with atomic.replace_dir(out) as fresh:
+        written = FisherFolder(fresh, total)
+        for part in PARTS:
+            sums = opened[0].load(part).sums
+            for other in opened[1:]:
+                sums = sums.merged(other.load(part).sums)
+            written.save(part, sums)

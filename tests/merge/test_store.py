@@ -1,0 +1,234 @@
+"""Statistics on disk: reused, gone on with after a kill, added up, and never mixed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from sst_merge import merge
+from sst_merge.cli import main
+from sst_merge.store import PARTS, FisherFolder
+
+
+def write_config(setup, path: Path, **changes) -> str:
+    config = setup.config("sst", **changes.pop("parameters", {}))
+    config["calibration"] = {**config["calibration"], **changes.pop("calibration", {})}
+    path.write_text(yaml.safe_dump({**config, **changes}))
+    return str(path)
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_fisher_and_merge_are_separate_and_a_second_merge_collects_nothing(setup, tmp_path, monkeypatch):
+    config = write_config(setup, tmp_path / "config.yaml", parameters={"k": 0.3})
+    assert main(["fisher", config, "--out", str(tmp_path / "fisher")]) == 0
+    assert main(["merge", config, "--out", str(tmp_path / "together")]) == 0
+    monkeypatch.setattr("sst_merge.fisher.Collector.collect", lambda *a: pytest.fail("collected again"))
+    assert main(["merge", config, "--fisher", str(tmp_path / "fisher"), "--out", str(tmp_path / "apart")]) == 0
+    for key, tensor in adapter(tmp_path / "together").items():
+        assert torch.equal(tensor, adapter(tmp_path / "apart")[key])
+    others = (
+        {"k": 0.8},
+        {"select": "soft", "damping": 0.1},
+        {"select": "dof", "shrinkage": 0.5},
+        {"select": "budget", "rho": 0.01},
+        {"select": "signed", "rho": 0.01},
+        {"fisher": "diagonal"},
+    )
+    for number, parameters in enumerate(others):
+        other = write_config(setup, tmp_path / "other.yaml", parameters=parameters)
+        fisher, out = str(tmp_path / "fisher"), str(tmp_path / f"other{number}")
+        assert main(["merge", other, "--fisher", fisher, "--out", out]) == 0
+        report = json.loads((tmp_path / f"other{number}/report.json").read_text())
+        assert report["sequences"]["harm"] == {"found": 9, "held_out": 3} and report["fisher_dir"] == fisher
+
+
+def test_gram_statistics_serve_every_representation(setup, tmp_path, monkeypatch):
+    config = write_config(setup, tmp_path / "config.yaml", parameters={"fisher": "gram", "k": 0.5})
+    assert main(["merge", config, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert list(report["directions"]) == ["all modules"] and report["joint"]["cost"] > 0
+    fresh = merge(setup.config("sst")).updates(1.0)
+    monkeypatch.setattr("sst_merge.fisher.Collector.collect", lambda *a: pytest.fail("collected again"))
+    reused = merge(setup.config("sst"), fisher_dir=tmp_path / "out.fisher").updates(1.0)
+    for name, update in fresh.items():
+        torch.testing.assert_close(reused[name].dense(), update.dense(), rtol=1e-4, atol=1e-5)
+
+
+def test_killed_runs_end_bit_identical(setup, tmp_path):
+    """SIGKILL at random moments, several times a run: 25 runs of each command (`TRIALS` for another number)."""
+    config = write_config(setup, tmp_path / "config.yaml", calibration={"batch_size": 1}, parameters={"samples": 2})
+    trials = os.environ.get("TRIALS", "25")
+    program = [
+        sys.executable,
+        str(Path(__file__).with_name("interrupted_runs.py")),
+        config,
+        str(tmp_path / "runs"),
+        trials,
+    ]
+    done = subprocess.run(
+        program, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    for line, name in zip(done.stdout.splitlines(), ("fisher", "merge"), strict=True):
+        command, equal, kills = line.split()
+        assert (command, equal) == (name, trials) and int(kills) >= int(trials)
+
+
+def split_lines(path: Path, folder: Path) -> list[Path]:
+    """The lines of a file, in two files."""
+    lines = path.read_text().splitlines()
+    halves = []
+    for i, part in enumerate((lines[: len(lines) // 2], lines[len(lines) // 2 :])):
+        halves.append(folder / f"{path.stem}{i}.jsonl")
+        halves[-1].write_text("\n".join(part))
+    return halves
+
+
+@pytest.mark.parametrize("representation", ["exact", "gram", "diagonal"])
+def test_parts_add_up(setup, tmp_path, capsys, representation):
+    """Sums of both halves of the data: every part, weighed by its sequences."""
+    harm, benign = split_lines(setup.harm, tmp_path), split_lines(setup.benign, tmp_path)
+    folders = [str(tmp_path / f"part{i}") for i in (0, 1)]
+    for folder, h, b in zip(folders, harm, benign, strict=True):
+        data = {"harm": str(h), "benign": str(b)}
+        parameters = {"fisher": representation}
+        config = write_config(setup, tmp_path / "config.yaml", calibration=data, parameters=parameters)
+        assert main(["fisher", config, "--out", folder]) == 0
+    assert main(["fisher", "--add", *folders, "--out", str(tmp_path / "sum")]) == 0
+    parts = [FisherFolder(f, json.loads((Path(f) / "fisher.json").read_text())).statistics() for f in folders]
+    total = FisherFolder(tmp_path / "sum", json.loads((tmp_path / "sum/fisher.json").read_text())).statistics()
+    for part in PARTS:
+        ours, theirs = getattr(total, part), [getattr(p, part) for p in parts]
+        assert ours.count == sum(t.count for t in theirs)
+        for name in ours.first:
+            means = sum(t.count * t.mean_gradient(name) for t in theirs) / ours.count
+            torch.testing.assert_close(ours.mean_gradient(name), means, rtol=1e-5, atol=1e-7)
+            if part != "origin":
+                fishers = sum(t.count * t.fisher(name) for t in theirs) / ours.count
+                torch.testing.assert_close(ours.fisher(name), fishers, rtol=1e-5, atol=1e-7)
+    # the sum serves either half's configuration, and one without data
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    for number, change in enumerate((config, {k: v for k, v in config.items() if k != "calibration"})):
+        (tmp_path / "again.yaml").write_text(yaml.safe_dump(change))
+        out = tmp_path / f"out{number}"
+        command = ["merge", str(tmp_path / "again.yaml"), "--fisher", str(tmp_path / "sum"), "--out", str(out)]
+        assert main(command) == 0, capsys.readouterr().err
+        assert ("held_out" in json.loads((out / "report.json").read_text())) == (number == 0)
+    capsys.readouterr()
+    assert main(["fisher", "--add", folders[0], folders[0], "--out", str(tmp_path / "twice")]) == 2
+    assert "same harm data" in capsys.readouterr().err and not (tmp_path / "twice").exists()
+
+
+MIXED = {
+    "another base": (lambda s, c: c.update(base_model=str(s.base.parent / "other")), "models.base"),
+    "another adapter": (lambda s, c: c["models"][1]["parameters"].update(weight=0.5), "models.safety"),
+    "other data": (lambda s, c: c["calibration"].update(harm=str(s.benign)), "data.harm"),
+    "another seed": (lambda s, c: c["parameters"].update(seed=3), "seed"),
+    "other points": (lambda s, c: c["parameters"].update(points=[0.5]), "points"),
+    "another dtype": (lambda s, c: c.update(dtype="float64"), "dtype"),
+    "more held out": (lambda s, c: c["calibration"].update(held_out=0.5), "calibration.held_out"),
+    "more than there is": (lambda s, c: c["parameters"].update(fisher="gram"), "representation"),
+}
+
+
+@pytest.mark.parametrize("fault", MIXED)
+def test_statistics_of_another_run_are_refused(setup, tmp_path, capsys, fault):
+    config = setup.config("sst")
+    config["models"][1]["parameters"] = {}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert main(["fisher", str(path), "--out", str(tmp_path / "fisher")]) == 0
+    change, named = MIXED[fault]
+    if fault == "another base":
+        shutil.copytree(setup.base, setup.base.parent / "other", dirs_exist_ok=True)
+        weights = load_file(setup.base / "model.safetensors")
+        weights["model.norm.weight"] = 2 * weights["model.norm.weight"]
+        save_file(weights, setup.base.parent / "other/model.safetensors", metadata={"format": "pt"})
+    change(setup, config)
+    path.write_text(yaml.safe_dump(config))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "fisher").iterdir()}
+    command = ["merge", str(path), "--fisher", str(tmp_path / "fisher"), "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"another run: .*{named} is .* there", error), error
+    assert {p.name: p.read_bytes() for p in (tmp_path / "fisher").iterdir()} == before and not (
+        tmp_path / "out"
+    ).exists()
+
+
+def edit_metadata(file: Path, **changes) -> None:
+    """Rewrite what a part says of itself."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        metadata = json.loads(opened.metadata()["sst_merge"])
+    save_file(load_file(file), file, metadata={"sst_merge": json.dumps({**metadata, **changes})})
+
+
+DAMAGE = {
+    "cut": (lambda f: f.write_bytes(f.read_bytes()[:-100]), "damaged"),
+    "no metadata": (lambda f: save_file(load_file(f), f), "damaged"),
+    "count of zero": (lambda f: edit_metadata(f, count=0.0), "sums over 0"),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_damaged_statistics_are_named(setup, tmp_path, capsys, fault):
+    config = write_config(setup, tmp_path / "config.yaml")
+    assert main(["fisher", config, "--out", str(tmp_path / "fisher")]) == 0
+    change, message = DAMAGE[fault]
+    change(tmp_path / "fisher/benign.safetensors")
+    assert main(["merge", config, "--fisher", str(tmp_path / "fisher"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "benign.safetensors" in error and message in error and "Traceback" not in error
+
+
+def test_a_foreign_folder_is_left_alone(setup, tmp_path, capsys):
+    config = write_config(setup, tmp_path / "config.yaml")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a").write_text("mine")
+    assert main(["fisher", config, "--out", str(tmp_path / "notes")]) == 2
+    assert "new or empty folder" in capsys.readouterr().err and [p.name for p in (tmp_path / "notes").iterdir()] == [
+        "a"
+    ]
+    assert main(["fisher", config, "--add", "x", "y", "--out", str(tmp_path / "z")]) == 2
+    assert main(["fisher", "--out", str(tmp_path / "z")]) == 2
+    assert main(["fisher", "--add", str(tmp_path / "notes"), str(tmp_path), "--out", str(tmp_path / "z")]) == 2
+    assert "fisher.json" in capsys.readouterr().err
+
+
+def limit_files(size: int) -> None:
+    """No file may grow beyond `size`: to a writer the same as a disk that is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_loses_nothing(setup, tmp_path):
+    config = write_config(setup, tmp_path / "config.yaml", calibration={"batch_size": 1})
+    command = [sys.executable, "-m", "sst_merge.cli", "fisher", config, "--out", str(tmp_path / "fisher")]
+    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: limit_files(4000))
+    assert full.returncode == 2 and "could not be written" in full.stderr and "Traceback" not in full.stderr, (
+        full.stderr
+    )
+    assert not [p for p in (tmp_path / "fisher").iterdir() if ".new" in p.name]
+    assert main(["fisher", config, "--out", str(tmp_path / "fisher")]) == 0
+    assert main(["fisher", config, "--out", str(tmp_path / "unbroken")]) == 0
+    for part in PARTS:
+        name = f"{part}.safetensors"
+        assert (tmp_path / "fisher" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
