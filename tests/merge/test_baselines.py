@@ -399,6 +399,16 @@ def test_fisher_averaging_ends_at_the_two_adapters(setup, coordinates):
     assert any(float((halfway[name] - (u + s) / 2).abs().max()) > 0.01 for name, (u, s) in deltas(setup).items())
 
 
+def test_modules_that_an_additive_patch_does_not_reach(setup):
+    """Δ_s = 0 there, so no Fisher is collected: Q is empty, and the average is the plain one."""
+    name = "model.layers.0.self_attn.q_proj"
+    u = dense(setup.utility)[name]
+    for method, share in (("single_fisher", 1.0), ("fisher_averaging", 0.6)):
+        result = merge(setup.config(method, patch="additive", alpha=0.4))
+        assert name not in result.plan.curvature.patch
+        compare({name: merged(result, 0.4)[name]}, {name: share * u})
+
+
 def test_the_demo_runs_every_method(setup):
     assert {method for method, _ in RUNS.values()} == set(METHODS) == set(METHOD_PARAMETERS)
     for method, parameters in RUNS.values():
