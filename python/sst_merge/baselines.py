@@ -208,7 +208,7 @@ def _polar(matrix: Tensor) -> Tensor:
 
 
 def tsv(updates: Sequence[Tensor], share: float) -> Tensor:
-    """TSV-Merge: Δ = polar([U_1 … U_T]) diag(σ_1 … σ_T) polar([V_1 … V_T])ᵀ (Gargiulo et al. 2025, algorithm 1).
+    """TSV-Merge: Δ = polar([U_1 … U_T]) diag(σ_1 … σ_T) polar([V_1 … V_T])ᵀ (Gargiulo et al. 2025).
 
     Of each task's update the largest singular triples are kept; the singular vectors of all tasks, side by side, are
     made orthogonal by their polar factors. Departures: the source keeps ⌊min(d_out, d_in)/T⌋ triples, which of a LoRA
@@ -260,7 +260,7 @@ def subspace_boosting(merged: Tensor, beta: float) -> Tensor:
 
 
 def fisher_averaging(utility: Tensor, safety: Tensor, fishers: tuple[Tensor, Tensor], alpha: float) -> Tensor:
-    """Δ_i = ((1−α)F_u,iΔ_u,i + αF_s,iΔ_s,i)/((1−α)F_u,i + αF_s,i) (Matena and Raffel 2022, equation 2).
+    """Δ_i = ((1−α)F_u,iΔ_u,i + αF_s,iΔ_s,i)/((1−α)F_u,i + αF_s,i) (Matena and Raffel 2022).
 
     The base weights θ_0 cancel: θ = θ_0 + Δ is the same average of θ_u and θ_s. In the source F_u is at θ_u on the
     utility data and F_s at θ_s on the safety data, both with labels sampled from their model, and each is divided by

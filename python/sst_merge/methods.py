@@ -45,8 +45,8 @@ from .settings import (
     TsvParameters,
 )
 
-Formula = Callable[[Tensor, Tensor, float], Tensor]
-"""(utility's, safety's, α) -> merged, of tensors of one shape."""
+Formula = Callable[[Tensor, Tensor, float | Tensor], Tensor]
+"""(utility's, safety's, α) -> merged, of tensors of one shape; those that act entry by entry take an α for each."""
 
 
 @dataclass(frozen=True)
