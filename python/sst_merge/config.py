@@ -5,7 +5,7 @@ base_model: path/to/base
 models:
   - {model: adapters/helpful, role: utility}
   - {model: adapters/refuses, role: safety, parameters: {weight: 1.0}}
-merge_method: sst            # or task_arithmetic, interpolation, ties, dare, diagonal_sst
+merge_method: sst            # or any other key of settings.METHOD_PARAMETERS
 dtype: bfloat16
 parameters:
   alpha: [0.5, 1.0]          # one number, or several for a sweep from one solve
@@ -29,6 +29,7 @@ import torch
 import yaml
 
 from .settings import (
+    AVERAGES,
     METHOD_PARAMETERS,
     ROLES,
     Calibration,
@@ -66,6 +67,7 @@ _RANGES = {  # name -> (low, high, low included, high included)
     "rho": (0.0, math.inf, False, False),
     "share": (0.0, 1.0, False, True),
     "epsilon": (0.0, math.inf, False, False),
+    "beta": (0.0, 1.0, True, True),
     "batch_size": (1, math.inf, True, False),
     "max_length": (2, math.inf, True, False),
     "held_out": (0.0, 1.0, False, False),
@@ -148,8 +150,8 @@ def _config(tree: dict[str, Any], folder: Path) -> Config:
         raise ValueError("tune: only merge_method sst is tuned, and on held-out sequences of `calibration`")
     if len(set(config.alphas)) < len(config.alphas):
         raise ValueError(f"alpha: every strength may be given once, got {list(config.alphas)}")
-    if method == "interpolation" and max(config.alphas) > 1:
-        raise ValueError(f"alpha: interpolation needs alpha in [0, 1], got {max(config.alphas)}")
+    if method in AVERAGES and max(config.alphas) > 1:
+        raise ValueError(f"alpha: {method} needs alpha in [0, 1], got {max(config.alphas)}")
     _check_device(config.device)
     return config
 

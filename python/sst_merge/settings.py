@@ -110,25 +110,104 @@ class SstParameters(FisherParameters):
 
 
 @dataclass(frozen=True)
-class DiagonalSstParameters(FisherParameters):
-    """Diagonal SST with the authors' masks.
+class DiagonalFisherParameters(FisherParameters):
+    """What every method of diagonal Fishers takes.
 
     Attributes:
         coordinates: "weight", of ΔW; or "core".
-        mask: "hard" keeps the top share of r = f_harm/(f_benign + ε); "soft" weights by r/max r.
-        share: Share of coordinates a hard mask keeps, per tensor.
-        epsilon: ε, in units of the mean of f_benign over all modules.
     """
 
     coordinates: str = "weight"
-    mask: str = "hard"
-    share: float = 0.25
-    epsilon: float = 0.1
 
     @property
     def collected(self) -> tuple[str, str]:
         """Diagonals in the coordinates asked for."""
         return self.coordinates, "diagonal"
+
+
+@dataclass(frozen=True)
+class DiagonalSstParameters(DiagonalFisherParameters):
+    """Diagonal SST with the authors' masks.
+
+    Attributes:
+        mask: "hard" keeps the top share of r = f_harm/(f_benign + ε); "soft" weights by r/max r.
+        share: Share of coordinates a hard mask keeps, per tensor.
+        epsilon: ε, in units of the mean of f_benign over all modules.
+    """
+
+    mask: str = "hard"
+    share: float = 0.25
+    epsilon: float = 0.1
+
+
+@dataclass(frozen=True)
+class DataFreeParameters(AlphaParameters):
+    """SST-V and SST-M: masks from the weights alone.
+
+    Attributes:
+        patch: "additive", Δ_u + α m⊙Δ_s; or "interpolate", Δ_u + α m⊙(Δ_s − Δ_u).
+        mask: "hard" keeps the top share of r; "soft" weights by r/max r.
+        share: Share of entries a hard mask keeps, per tensor.
+        epsilon: ε, in units of the mean over all modules of what it is added to: Δ_u² (SST-V), |θ_u| (SST-M).
+    """
+
+    patch: str = "additive"
+    mask: str = "hard"
+    share: float = 0.25
+    epsilon: float = 0.1
+
+
+@dataclass(frozen=True)
+class SingleFisherParameters(FisherParameters):
+    """Single-Fisher projection, (I − QQᵀ)Δ_u + αQQᵀΔ_s.
+
+    Attributes:
+        patch: Where the path of F_harm ends: "interpolate" at θ_s, and every module is reached; "additive" at
+            θ_0 + Δ_u + Δ_s, and modules that Δ_s does not change are left as they are.
+        k: Count (integer) or share (float in (0, 1]) of F_harm's eigenvectors in Q, per module; at most its rank.
+    """
+
+    patch: str = "interpolate"
+    k: int | float = 0.05
+
+
+@dataclass(frozen=True)
+class TsvParameters(AlphaParameters):
+    """TSV-Merge; α scales the merged update, as in the source.
+
+    Attributes:
+        share: Share of each update's singular triples kept where both adapters change a tensor: 1/T for T = 2 tasks.
+    """
+
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class SubspaceBoostingParameters(AlphaParameters):
+    """Subspace boosting of Δ_u + Δ_s; α scales the boosted update, as in the source.
+
+    Attributes:
+        beta: β in [0, 1]: singular values below the one at which this share of their sum is reached are raised to it.
+    """
+
+    beta: float = 0.01
+
+
+@dataclass(frozen=True)
+class FisherAveragingParameters(DiagonalFisherParameters):
+    """Fisher averaging; α is the safety model's coefficient, 1 − α the utility model's.
+
+    Attributes:
+        alpha: α in [0, 1].
+        patch: Where the path of the Fishers ends: "interpolate" at θ_s; "additive" at θ_0 + Δ_u + Δ_s.
+        points: t of the points, 0 at θ_u; each Fisher is the mean over them.
+        epsilon: Entries of a Fisher below ε times its mean over all modules are raised to that.
+    """
+
+    alpha: float | tuple[float, ...] = 0.5
+    patch: str = "interpolate"
+    points: tuple[float, ...] = (0.0, 1.0)
+    epsilon: float = 1e-6
 
 
 METHOD_PARAMETERS: dict[str, type[AlphaParameters]] = {
@@ -138,7 +217,16 @@ METHOD_PARAMETERS: dict[str, type[AlphaParameters]] = {
     "ties": TiesParameters,
     "dare": DareParameters,
     "diagonal_sst": DiagonalSstParameters,
+    "sst_v": DataFreeParameters,
+    "sst_m": DataFreeParameters,
+    "single_fisher": SingleFisherParameters,
+    "tsv": TsvParameters,
+    "subspace_boosting": SubspaceBoostingParameters,
+    "fisher_averaging": FisherAveragingParameters,
 }
+
+AVERAGES = ("interpolation", "fisher_averaging")
+"""Methods whose α is a share, at most 1."""
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,19 @@ FISHER_RUNS = [
     ("sst", {"fisher": "diagonal", "select": "top_k", "k": 5, "scope": "module"}),
     ("diagonal_sst", {"coordinates": "core"}),
     ("diagonal_sst", {"coordinates": "weight", "mask": "soft", "patch": "interpolate"}),
+    ("single_fisher", {"k": 0.3}),
+    ("fisher_averaging", {"alpha": 1.0}),
+    ("fisher_averaging", {"alpha": 1.0, "coordinates": "core", "where": "local"}),
 ]
 OTHER_RUNS = [
     ("task_arithmetic", {}),
     ("interpolation", {}),
     ("ties", {"density": 0.4}),
     ("dare", {"drop": 0.4}),
+    ("sst_v", {"mask": "soft"}),
+    ("sst_m", {"patch": "interpolate"}),
+    ("tsv", {}),
+    ("subspace_boosting", {"beta": 0.5}),
 ]
 
 
@@ -85,11 +92,11 @@ def test_output_loads_in_peft_and_its_logits_are_those_of_the_merged_weights(
         assert (tmp_path / "out" / name).stat().st_size > 0
 
 
-@pytest.mark.parametrize(("method", "parameters"), FISHER_RUNS)
+@pytest.mark.parametrize(("method", "parameters"), FISHER_RUNS + OTHER_RUNS)
 def test_the_merge_does_not_depend_on_the_gauge(setup, method, parameters):
     """(lora_B G, G⁻¹ lora_A) is the same adapter, so it must give the same merge."""
     config = {**setup.config(method, **parameters), "dtype": "float64"}
-    before = merged(merge(config))
+    before = merged(merge(config), 0.5)
     path = setup.safety / "adapter_model.safetensors"
     tensors = load_file(path)
     g = torch.randn(3, 3, generator=torch.Generator().manual_seed(3)) + 2 * torch.eye(3)
@@ -98,7 +105,7 @@ def test_the_merge_does_not_depend_on_the_gauge(setup, method, parameters):
         tensors[key] = torch.linalg.solve(g.double(), tensors[key].double()).float().contiguous()
         tensors[other] = (tensors[other].double() @ g.double()).float().contiguous()
     save_file(tensors, path)
-    after = merged(merge(config))
+    after = merged(merge(config), 0.5)
     for name, (u, s) in deltas(setup).items():
         error = (after[name] - before[name]).norm() / (u.norm() + s.norm())
         assert error < 1e-4, (name, float(error))  # the gauged factors are rounded to float32
@@ -203,6 +210,12 @@ def test_biases_follow_the_method(base_dir, make_adapter, setup):
         ("sst", {"patch": "interpolate"}, 0.7 * u + 0.3 * s),
         ("sst", {}, u + 0.3 * s),
         ("ties", {"density": 1.0}, ties([u, s], 1.0, 0.3)),
+        ("sst_v", {}, u + 0.3 * s),
+        ("sst_m", {"patch": "interpolate"}, 0.7 * u + 0.3 * s),
+        ("single_fisher", {}, u + 0.3 * s),
+        ("tsv", {}, 0.15 * (u + s)),
+        ("subspace_boosting", {}, 0.3 * (u + s)),
+        ("fisher_averaging", {}, 0.7 * u + 0.3 * s),
     ):
         with tempfile.TemporaryDirectory() as folder:
             merge(setup.config(method, alpha=0.3, **parameters), out=Path(folder) / "out")

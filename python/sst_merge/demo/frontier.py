@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..config import load_config
 from ..methods import METHODS
 from ..problem import Problem
+from ..settings import AVERAGES
 
 REFUSAL_WANTED = 0.9
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
@@ -29,6 +30,15 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "diagonal SST, weights, hard": ("diagonal_sst", {"mask": "hard", "where": "local"}),
     "diagonal SST, weights, soft": ("diagonal_sst", {"mask": "soft", "where": "local"}),
     "diagonal SST, weights, hard, path": ("diagonal_sst", {"mask": "hard"}),
+    "data-free SST-V, hard": ("sst_v", {}),
+    "data-free SST-V, soft": ("sst_v", {"mask": "soft"}),
+    "data-free SST-M, hard": ("sst_m", {}),
+    "single Fisher": ("single_fisher", {}),
+    "TSV, half of each": ("tsv", {}),
+    "TSV, all of each": ("tsv", {"share": 1.0}),
+    "subspace boosting, beta 0.01": ("subspace_boosting", {}),
+    "subspace boosting, beta 0.5": ("subspace_boosting", {"beta": 0.5}),
+    "Fisher averaging": ("fisher_averaging", {}),
     "SST diagonal, local": ("sst", {"fisher": "diagonal", "where": "local"}),
     "SST exact, local": ("sst", {"where": "local"}),
     "SST diagonal": ("sst", {"fisher": "diagonal"}),
@@ -96,7 +106,7 @@ def sweep(
     Args:
         config: A configuration with base_model, models and calibration; its method is replaced.
         measure: Model -> refusal, over_refusal, utility and score.
-        alphas: Strengths; interpolation takes those up to 1.
+        alphas: Strengths; averages take those up to 1.
         runs: Label -> (method, parameters).
 
     Returns:
@@ -110,7 +120,7 @@ def sweep(
         settings = load_config({**config, "merge_method": method, "parameters": parameters}).parameters
         plan = METHODS[method](problem, settings)
         for alpha in alphas:
-            if method == "interpolation" and alpha > 1:
+            if method in AVERAGES and alpha > 1:
                 continue
             with merged_weights(problem, {name: plan.dense(problem, name, alpha) for name in problem.names}) as model:
                 rows.append(Measured(label, alpha, **measure(model)))
