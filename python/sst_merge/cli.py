@@ -39,7 +39,7 @@ def _merge(args: argparse.Namespace) -> None:
     from .merging import merge
 
     result = merge(args.config, out=args.out, overwrite=args.overwrite, device=args.device, dtype=args.dtype)
-    print(f"wrote {result.path} (read {result.path / 'report.md'})")
+    print(f"wrote {result.path} (read {result.path / 'report.html'})")
 
 
 def _inspect(args: argparse.Namespace) -> None:

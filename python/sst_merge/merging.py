@@ -18,7 +18,8 @@ from .atomic import replace_dir
 from .config import load_config
 from .methods import METHODS, Plan
 from .problem import Problem
-from .report import build_report, write_report
+from .rendering import write_report
+from .report import build_report
 from .settings import Config
 
 
