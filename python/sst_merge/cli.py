@@ -54,7 +54,7 @@ def _merge(args: argparse.Namespace) -> None:
     result = merge(args.config, out=args.out, overwrite=args.overwrite, **overrides)
     for warning in result.report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"wrote {result.path} (read {result.path / 'report.md'})")
+    print(f"wrote {result.path} (read {result.path / 'report.html'})")
 
 
 def _fisher(args: argparse.Namespace) -> None:

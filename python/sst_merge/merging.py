@@ -20,7 +20,8 @@ from .config import load_config
 from .held_out import compare, measure
 from .methods import METHODS, Plan
 from .problem import Problem
-from .report import build_report, write_report
+from .rendering import write_report
+from .report import build_report
 from .settings import Config, FisherParameters
 from .tune import tune
 

@@ -1,25 +1,20 @@
-"""The report of a merge: numbers once, as report.json; the same as tables in report.md and as pictures."""
+"""The numbers of a merge's report."""
 
 from __future__ import annotations
 
-import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import plots
 from .directions import ALL_MODULES, Directions
 from .methods import Plan
 from .problem import Problem
 from .select import filtered_cores
-from .settings import Config
 
-CONFIG_NAME = "sst_config.yaml"
 LIBRARIES = ("sst-merge", "torch", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -76,7 +71,9 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]]) 
         report["survival"] = _survival(pencils)
         report["warnings"] += _not_surviving(report["survival"])
         if ALL_MODULES in pencils:
-            report["joint"] = {key: value for key, value in pencils[ALL_MODULES].items() if key != "kept_energy"}
+            report["joint"] = {
+                key: value for key, value in pencils[ALL_MODULES].items() if key not in ("kept_energy", "held")
+            }
     return report
 
 
@@ -200,84 +197,3 @@ def _not_covered(problem: Problem) -> list[str]:
     biased = sorted({*problem.utility.biases, *problem.safety.biases})
     lines += [f"{name}: LoRA bias, merged by the method's formula, unfiltered" for name in biased]
     return lines
-
-
-def write_report(folder: Path, report: dict[str, Any], config: Config) -> None:
-    """report.md, report.json, pictures and the resolved configuration, into an existing folder.
-
-    Args:
-        folder: Where to write.
-        report: From `build_report`.
-        config: The configuration that was run.
-    """
-    (folder / CONFIG_NAME).write_text(config.to_yaml(), encoding="utf-8")
-    pictures = plots.draw(folder, report) if "directions" in report else []
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(render(report, pictures), encoding="utf-8")
-
-
-def render(report: dict[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
-    """The report as Markdown.
-
-    Args:
-        report: From `build_report`.
-        pictures: (file name, caption) of each picture.
-
-    Returns:
-        The text.
-    """
-    lines = [
-        f"# Merge report: {report['merge_method']}",
-        "",
-        f"Base `{report['base_model']}`, utility `{report['utility']}`, safety `{report['safety']}`. "
-        f"Settings: `{CONFIG_NAME}`. Took {report['seconds']} s.",
-        "",
-        "## Strengths",
-        "",
-        *markdown_table(report["strengths"]),
-    ]
-    if "gamma" in report:
-        lines += [
-            "",
-            "Predicted by the quadratic model, nats per sequence: KL of the kept patch from the utility model, the "
-            "same of the whole patch (both without damping), and the first-order change of log p(refusal). They hold "
-            "for small steps only.",
-            "",
-            f"Shared damping γ = {report['gamma']:.4g}.",
-        ]
-    if "sequences" in report:
-        traces = ", ".join(f"{kind} {value:.4g}" for kind, value in report["fisher_trace"].items())
-        counts = "; ".join(
-            f"{kind}: {n['found']} to find directions, {n['held_out']} held out"
-            for kind, n in report["sequences"].items()
-        )
-        lines += ["", f"Sequences: {counts}. Fisher traces: {traces}."]
-    lines += ["", *(f"- Remark: {remark}" for remark in report["remarks"])]
-    for file, caption in pictures:
-        lines += ["", f"![{caption}]({file})", "", caption]
-    lines += ["", "## Modules", "", *markdown_table(report["modules"])]
-    covered = "every changed parameter is." if "sequences" in report else "this method uses none."
-    lines += ["", "## Not covered by curvature", ""]
-    lines += [f"- {line}" for line in report["not_covered"]] or [f"Nothing to name: {covered}"]
-    lines += [
-        "",
-        "## Versions",
-        "",
-        ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A Markdown table; a column for every key of any row."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-    return lines + ["| " + " | ".join(_cell(row.get(key)) for key in keys) + " |" for row in rows]
-
-
-def _cell(value: Any) -> str:
-    """A value as a table cell."""
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -208,7 +208,7 @@ def test_interrupt_at_any_moment_leaves_no_output(setup, tmp_path):
         _, error = process.communicate(timeout=60)
         if (tmp_path / "out").exists():  # the signal came too late: the output must be whole
             assert {p.name for p in tmp_path.iterdir()} == before | {"out", "out.fisher"}
-            assert {"adapter_model.safetensors", "report.json", "report.md", "spectrum.png"} <= {
+            assert {"adapter_model.safetensors", "report.json", "report.md", "report.html", "spectrum.png"} <= {
                 p.name for p in (tmp_path / "out").iterdir()
             }
             shutil.rmtree(tmp_path / "out")

@@ -26,7 +26,7 @@ import sst_kernels
 
 from .. import atomic
 from ..merging import merge
-from ..report import markdown_table
+from ..rendering import markdown_table
 from .evaluate import evaluate
 from .frontier import ALPHAS, RUNS, Measured, draw_frontier, measure_alone, summarise, sweep
 from .train import DemoModels, train_models

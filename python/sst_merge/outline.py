@@ -1,0 +1,161 @@
+"""What a merge report says, section by section, whatever it is written in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import heat_map, plots
+from .atomic import OUTPUT_MARK
+from .picture import Picture
+
+COLUMNS = {
+    "shape": "rows × columns of the weight",
+    "rank_utility": "rank of the utility adapter's update",
+    "rank_safety": "rank of the safety adapter's update",
+    "n": "directions of the module's core coordinates",
+    "kept": "Σ f, directions kept; f is the filter's factor in [0, 1]",
+    "kept_energy": "squared norm of the kept patch over the whole one's; may exceed 1",
+    "gain": "Σ f²λc² of the kept patch, nats per sequence; gain_full of the whole",
+    "cost": "Σ f²c² of the kept patch, damping included, nats per sequence; cost_full of the whole",
+    "kl": "½(cost − damping) at α = 1, nats per sequence; kl_full of the whole patch",
+    "slope": "first-order change of log p(refusal) at α = 1, nats per sequence",
+    "ray": "mean λ of the kept directions, weighted by kept cost",
+    "ray_held": "the same directions' quotient on held-out sequences",
+    "damping_share": "share of the kept cost that is damping; near 1, benign data say nothing",
+    "solver": "what the eigensolver says of its result",
+}
+"""What the columns of the module table mean."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report; what is empty is left out.
+
+    Attributes:
+        title: Heading.
+        text: Paragraphs.
+        facts: Name -> value.
+        bullets: A list of remarks.
+        pictures: Figures.
+        alternatives: Whether the pictures show the same thing in different quantities, so that one at a time will do.
+        rows: A table; its columns are all keys of all rows.
+        columns: Column -> meaning, of those that need it.
+    """
+
+    title: str
+    text: Sequence[str] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    bullets: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    alternatives: bool = False
+    rows: Sequence[Mapping[str, Any]] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All keys of all rows, in the order they come."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def shown(value: Any) -> str:
+    """A number, text, shape or nothing, as it is read: four digits, a × b, –."""
+    if value is None:
+        return "–"
+    if isinstance(value, (list, tuple)):
+        return " × ".join(map(shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def outline(report: Mapping[str, Any]) -> list[Section]:
+    """The sections of a report that have something to say.
+
+    Args:
+        report: From `build_report`; any key but "modules" and "strengths" may be absent.
+
+    Returns:
+        Sections in the order of reading.
+    """
+    present = columns_of(report["modules"])
+    covered = "every changed parameter is." if "sequences" in report else "this method uses none."
+    sections = [
+        Section("Summary", facts=_summary(report)),
+        Section("Warnings", bullets=report.get("warnings", ())),
+        _held_out(report),
+        _strengths(report),
+        _tuning(report),
+        Section("Directions", pictures=plots.of_directions(report)),
+        Section("All modules together", rows=[report["joint"]] if "joint" in report else (), columns=COLUMNS),
+        Section(
+            "Modules",
+            pictures=heat_map.of_modules(report),
+            alternatives=True,
+            rows=report["modules"],
+            columns={key: meaning for key, meaning in COLUMNS.items() if key in present},
+        ),
+        Section("Remarks", bullets=report.get("remarks", ())),
+        Section(
+            "Not covered by curvature",
+            text=() if report.get("not_covered") else [f"Nothing to name: {covered}"],
+            bullets=report.get("not_covered", ()),
+        ),
+        Section("Versions", facts=report.get("versions", {})),
+    ]
+    return [s for s in sections if s.text or s.facts or s.bullets or s.pictures or s.rows]
+
+
+def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What was merged, from which data."""
+    facts = {
+        "base": report.get("base_model"),
+        "utility": report.get("utility"),
+        "safety": report.get("safety"),
+        "method": report.get("merge_method"),
+        "settings": OUTPUT_MARK,
+        "statistics": report.get("fisher_dir"),
+        "seconds": report.get("seconds"),
+        "shared damping γ": report.get("gamma"),
+    }
+    for kind, count in report.get("sequences", {}).items():
+        facts[f"{kind} sequences"] = f"{count['found']} to find directions, {count['held_out']} held out"
+    for kind, trace in report.get("fisher_trace", {}).items():
+        facts[f"trace of the {kind} Fisher"] = trace
+    survival = report.get("survival", {})
+    facts["held-out gain per cost of what is kept"] = survival.get("ray_held_kept")
+    facts["held-out gain per cost of the whole patch"] = survival.get("ray_held_whole_patch")
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _held_out(report: Mapping[str, Any]) -> Section:
+    """Measured against predicted, and the frontier."""
+    text = (
+        "Measured on sequences that were not used to find the directions, in nats per sequence: KL from the utility "
+        "model and the change of log p(refusal)."
+    )
+    rows = report.get("held_out", ())
+    return Section("Held out", text=[text] if rows else (), pictures=plots.of_held_out(report), rows=rows)
+
+
+def _strengths(report: Mapping[str, Any]) -> Section:
+    """What was written, a row an α."""
+    text = (
+        "Predicted by the quadratic model, nats per sequence: KL of the kept patch from the utility model, the same of "
+        "the whole patch (both without damping), and the change of log p(refusal), to first order and with its "
+        "quadratic term. They hold for small steps only."
+    )
+    return Section("Strengths", text=[text] if "gamma" in report else (), rows=report["strengths"])
+
+
+def _tuning(report: Mapping[str, Any]) -> Section:
+    """The rule, what it chose, and among what."""
+    tuning = report.get("tuning")
+    if not tuning:
+        return Section("Tuning")
+    return Section(
+        "Tuning",
+        text=[f"Rule: {tuning['rule']}"],
+        facts={f"chosen {name}": value for name, value in tuning["chosen"].items()},
+        pictures=plots.of_tuning(report),
+        rows=tuning["candidates"],
+    )
