@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .adapters import LowRank, write_files
 from .atomic import replace_dir
+from .calibration import write_generated
 from .config import load_config
 from .methods import METHODS, Plan
 from .problem import Problem
@@ -87,6 +88,7 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool) -> MergeResu
         report = build_report(problem, plan, strengths, time.perf_counter() - started)
         if folder is not None:
             write_report(folder, report, config)
+            write_generated(folder, problem)
     return MergeResult(problem, plan, report, None if out is None else Path(out))
 
 
