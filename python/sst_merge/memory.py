@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from sst_kernels.collect import CoreBasis
 
+from .packing import make_rows
+
 if TYPE_CHECKING:
     from .problem import Problem
 
@@ -38,8 +40,10 @@ def estimate_memory(
     text = problem.model_config
     width = {"float64": 8, "float32": 4}.get(problem.dtype_name, 2)
     calibration = problem.config.calibration
-    longest = max(len(s.input_ids) for parts in problem.calibration.values() for part in parts for s in part)
-    tokens = min(calibration.max_length, longest) * calibration.batch_size
+    row_length = calibration.max_length if calibration.packing else None
+    rows = [row for parts in problem.calibration.values() for part in parts for row in make_rows(part, row_length)]
+    tokens = max(sum(len(s.input_ids) for s in row) for row in rows) * calibration.batch_size
+    sequences = max(len(row) for row in rows) * calibration.batch_size
     n = [basis.n for basis in bases.values()]
     entries = sum(n) if diagonal else sum(i * i for i in n)
     squares = sum(i * i for i in n)
@@ -47,7 +51,7 @@ def estimate_memory(
     return {
         "model": problem.parameter_count * width,
         "activations": tokens * (17 * width * text.num_hidden_layers * text.hidden_size + 12 * text.vocab_size),
-        "gradient rows": calibration.batch_size * max(n) * 4,
+        "gradient rows": sequences * max(n) * 4,
         "Fisher sums": _SUMS * 4 * entries,
         "directions": solved,
         "cores": 7 * 8 * sum(n),

@@ -66,14 +66,24 @@ def batches(
     Yields:
         Batches that hold every sequence once.
     """
-    ordered = sorted(sequences, key=lambda s: (-len(s.input_ids), s.index))
-    rows = [[s] for s in ordered] if row_length is None else _pack(ordered, row_length)
+    rows = make_rows(sequences, row_length)
     for start in range(0, len(rows), batch_size):
         yield _batch(rows[start : start + batch_size], device, row_length is not None)
 
 
-def _pack(ordered: Sequence[TokenSequence], row_length: int) -> list[list[TokenSequence]]:
-    """Rows by first-fit decreasing (Johnson 1973: at most 11/9 of the fewest, and one), the fullest first."""
+def make_rows(sequences: Sequence[TokenSequence], row_length: int | None) -> list[list[TokenSequence]]:
+    """Rows of sequences by first-fit decreasing (Johnson 1973: at most 11/9 of the fewest, and one), longest first.
+
+    Args:
+        sequences: None longer than a row.
+        row_length: Tokens of a row; None gives each sequence its own.
+
+    Returns:
+        The rows; every sequence is in one of them.
+    """
+    ordered = sorted(sequences, key=lambda s: (-len(s.input_ids), s.index))
+    if row_length is None:
+        return [[sequence] for sequence in ordered]
     rows: list[list[TokenSequence]] = []
     room: list[int] = []
     for sequence in ordered:

@@ -30,8 +30,8 @@ def read_tokenizers(base: str, adapters: Mapping[str, str], **options: bool) -> 
             found[owner] = AutoTokenizer.from_pretrained(
                 path, **(options if owner == "base" else {"local_files_only": True})
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            remarks.append(f"no tokenizer was read from the {owner}'s {path!r}: {error}")
+        except Exception as error:  # what damaged files raise is of any kind
+            remarks.append(f"no tokenizer was read from the {owner}'s {path!r}: {type(error).__name__}: {error}")
     return found, remarks
 
 
