@@ -143,11 +143,11 @@ def test_repeated_and_blank_examples_are_remarked_on(setup, tmp_path):
     assert "calibration.benign" not in remarks
 
 
-def save_tokenizer(setup, folder: Path, words_: list[str] | None = None, template: str | None = None) -> None:
-    """A tokenizer as the base's, with other words or another chat template, into an adapter's folder."""
+def save_tokenizer(setup, folder: Path, ids: dict[str, int] | None = None, template: str | None = None) -> None:
+    """A tokenizer as the base's, with other ids or another chat template, into an adapter's folder."""
     tokenizer = AutoTokenizer.from_pretrained(setup.base)
-    if words_ is not None:
-        core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words_)}, unk_token="<pad>"))
+    if ids is not None:
+        core = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
         chat_template = tokenizer.chat_template
@@ -158,7 +158,7 @@ def save_tokenizer(setup, folder: Path, words_: list[str] | None = None, templat
     tokenizer.save_pretrained(folder)
 
 
-VOCABULARY = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(47))]
+VOCABULARY = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(47))])}
 
 
 def test_the_same_tokenizer_in_an_adapters_folder_is_no_matter(setup, tmp_path):
@@ -169,26 +169,28 @@ def test_the_same_tokenizer_in_an_adapters_folder_is_no_matter(setup, tmp_path):
 
 @pytest.mark.parametrize("role", ["utility", "safety"])
 def test_tokens_with_other_ids_are_refused(setup, tmp_path, capsys, role):
-    swapped = VOCABULARY.copy()
-    swapped[10], swapped[20] = swapped[20], swapped[10]
-    save_tokenizer(setup, getattr(setup, role), swapped)
+    save_tokenizer(setup, getattr(setup, role), VOCABULARY | {"w7": 20, "w17": 10})
     assert merge(setup, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert f"tokenizers of base and {role} give tokens different ids" in error
     assert "'w7' = 10, 'w17' = 20" in error and "'w17' = 10, 'w7' = 20" in error
 
 
-def test_an_id_that_stands_for_two_tokens_is_refused(setup, tmp_path, capsys):
-    save_tokenizer(setup, setup.safety, [*VOCABULARY[:-1], "other"])
+@pytest.mark.parametrize(
+    "changed", [{"other": 49}, {"w46": 50}], ids=["an id that stands for two tokens", "a token that moved"]
+)
+def test_one_token_is_enough(setup, tmp_path, capsys, changed):
+    save_tokenizer(setup, setup.safety, {word: i for word, i in VOCABULARY.items() if i < 49} | changed)
     assert merge(setup, tmp_path / "out") == 2
-    assert "'w46' = 49" in (error := capsys.readouterr().err) and "'other' = 49" in error
+    ((word, token),) = changed.items()
+    assert "'w46' = 49" in (error := capsys.readouterr().err) and f"{word!r} = {token}" in error
 
 
 def test_added_tokens_and_another_template_are_remarked_on(setup, tmp_path):
     reversed_template = (
         "{% for m in messages %}<s> {{ m.content }} {% if m.role == 'assistant' %}</s> {% endif %}{% endfor %}"
     )
-    save_tokenizer(setup, setup.safety, [*VOCABULARY, "<tool>"], reversed_template)
+    save_tokenizer(setup, setup.safety, VOCABULARY | {"<tool>": 50}, reversed_template)
     assert merge(setup, tmp_path / "base") == 0
     remarks = "\n".join(report(tmp_path / "base")["remarks"])
     assert "the base's tokenizer lacks 1 tokens of the other: '<tool>' = 50" in remarks

@@ -38,7 +38,7 @@ WATCHED = {
     "sliding window": ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj"],
     "absolute positions": ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"],
 }
-LENGTHS = [5, 9, 3, 6, 8, 2, 4]
+LENGTHS = [2, 9, 3, 6, 8, 5, 4, 7]
 
 
 def make_model(config) -> torch.nn.Module:
@@ -134,8 +134,12 @@ def test_rows_hold_every_sequence_once_whole_and_within_their_length():
             assert not batch.is_target.flatten()[start:end][~kept].any()
             seen[index] = tokens, targets
     assert seen == {s.index: (s.input_ids, s.is_target) for s in sequences}
-    rows = sum(len(batch.input_ids) for batch in batches(sequences, 2, "cpu", row_length=11))
-    assert rows == 4  # 37 tokens cannot do with fewer rows of 11
+    shapes = [batch.input_ids.shape for batch in batches(sequences, 2, "cpu", row_length=11)]
+    assert shapes == [
+        (2, 11),
+        (2, 11),
+    ]  # 44 tokens cannot do with fewer; the order given, or the shortest first, would need five rows
+    assert [batch.input_ids.shape[1] for batch in batches(sequences, 3, "cpu")] == [9, 6, 3]  # longest first
 
 
 def test_models_that_keep_packed_sequences_apart_pass():
