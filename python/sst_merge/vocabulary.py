@@ -25,11 +25,10 @@ def read_tokenizers(base: str, adapters: Mapping[str, str], **options: bool) -> 
     """
     found, remarks = {}, []
     folders = {role: path for role, path in adapters.items() if any((Path(path) / name).is_file() for name in _FILES)}
+    closed = {"trust_remote_code": False, "local_files_only": True}
     for owner, path in {"base": base, **folders}.items():
         try:
-            found[owner] = AutoTokenizer.from_pretrained(
-                path, **(options if owner == "base" else {"local_files_only": True})
-            )
+            found[owner] = AutoTokenizer.from_pretrained(path, **(options if owner == "base" else closed))
         except Exception as error:  # what damaged files raise is of any kind
             remarks.append(f"no tokenizer was read from the {owner}'s {path!r}: {type(error).__name__}: {error}")
     return found, remarks

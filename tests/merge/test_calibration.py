@@ -83,6 +83,18 @@ def test_generated_answers_are_calibration_files_that_give_the_same_merge(setup,
     assert not (tmp_path / "second" / "generated-harm.jsonl").exists()
 
 
+def test_every_form_of_a_record_says_the_same(setup, tmp_path):
+    """Completion, text and chat, beside their token ids written by hand, the last two packed in one record."""
+    chat = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6 w7"}]
+    write_jsonl(setup.harm, [{"prompt": "w1 w2", "completion": " w3"}, {"text": "w4 w5 w6"}, {"messages": chat}])
+    assert merge(setup, tmp_path / "text") == 0
+    ids = [1, 7, 8, 9, 2, 8, 9, 10, 2]
+    packed = {"input_ids": ids, "labels": [-100, 7, 8, 9, 2, -100, 9, 10, 2], "seq_lens": [5, 4]}
+    write_jsonl(setup.harm, [{"input_ids": [1, 4, 5, 6, 2], "labels": [-100, -100, -100, 6, 2]}, packed])
+    assert merge(setup, tmp_path / "ids") == 0
+    assert report(tmp_path / "text")["directions"] == report(tmp_path / "ids")["directions"]
+
+
 def make_gpt2() -> torch.nn.Module:
     """Absolute positions: left padding shows unless it is allowed for."""
     torch.manual_seed(0)
@@ -100,6 +112,8 @@ def test_answers_depend_neither_on_the_batch_nor_on_the_models_own_generation_se
     own.repetition_penalty, own.do_sample, own.temperature, own.min_new_tokens = 5.0, True, 3.0, 6
     prompts = [TokenSequence(i, ids, [False] * len(ids)) for i, ids in enumerate(PROMPTS)]
     plain = [greedy(model, ids, 8) for ids in PROMPTS]
+    unstopped = generate_answers(model, prompts, (), 8, 4)
+    assert [s.input_ids for s in unstopped] == [ids + answer for ids, answer in zip(PROMPTS, plain, strict=True)]
     stop = {plain[0][3], plain[2][1]}
     expected = [greedy(model, ids, 8, stop) for ids in PROMPTS]
     for batch_size in (1, 4, 6):
