@@ -41,11 +41,11 @@ def read_calibration(problem: Problem, kind: str) -> tuple[list[TokenSequence], 
     Raises:
         ValueError: The file, its examples or its tokens do not do; names the file.
     """
-    c = problem.config.calibration
+    c, tokenizer = problem.config.calibration, problem.tokenizer
     path = getattr(c, kind)
     try:
         examples = read_examples(path)
-        sequences = tokenize([e for e in examples if e.is_answered], problem.tokenizer, c.max_length)
+        sequences = tokenize([e for e in examples if e.is_answered], tokenizer, c.max_length)
         sequences += _answered(problem, kind, [e for e in examples if not e.is_answered])
         if not sequences:
             raise ValueError(

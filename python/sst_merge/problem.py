@@ -105,8 +105,8 @@ class Problem:
         options = {"trust_remote_code": c.trust_remote_code, "local_files_only": not c.download}
         tokenizers, remarks = read_tokenizers(c.base_model, folders, **options)
         if chosen not in tokenizers:
-            hint = "save a tokenizer into its folder, or name another with calibration.tokenizer"
-            raise ValueError("; ".join([f"{chosen}: there is no tokenizer ({hint})", *remarks]))
+            hint = "save a tokenizer into its folder, or name another with `tokenizer`"
+            raise ValueError("; ".join([f"calibration.tokenizer: {chosen!r} has none ({hint})", *remarks]))
         self.remarks += remarks + check_tokenizers(tokenizers, chosen)
         return tokenizers[chosen]
 

@@ -221,7 +221,7 @@ def test_added_tokens_and_another_template_are_remarked_on(setup, tmp_path):
 
 def test_a_tokenizer_that_is_not_there_is_named(setup, tmp_path, capsys):
     assert merge(setup, tmp_path / "out", tokenizer="utility") == 2
-    assert "utility: there is no tokenizer" in capsys.readouterr().err
+    assert "error: calibration.tokenizer: 'utility' has none" in capsys.readouterr().err
     assert merge(setup, tmp_path / "out", tokenizer="utilty") == 2
     assert "did you mean 'utility'?" in capsys.readouterr().err
 
