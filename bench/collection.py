@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from harness import Limits, Row, arguments, interleaved, limits, report
 from sst_merge.adapters import LowRank
 from sst_merge.coordinates import core_basis, to_core
-from sst_merge.data import TokenSequence, batches
+from sst_merge.data import TokenSequence
 from sst_merge.fisher import CollectionSettings, Collector, log_likelihood
+from sst_merge.packing import batches
 
 RANK = 16
 

@@ -27,13 +27,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harness import provenance
-from sst_merge.data import batches
 from sst_merge.demo import frontier
 from sst_merge.demo.evaluate import refused_share
 from sst_merge.demo.tokens import ASSISTANT, CHAT_TEMPLATE, END, PAD, UNKNOWN, USER, encode
 from sst_merge.demo.train import Phase, fit
 from sst_merge.demo.world import Example, World, make_world, write_jsonl
 from sst_merge.fisher import log_likelihood
+from sst_merge.packing import batches
 
 VOCABULARY = 2000
 LONGEST = 192  # tokens; longer problems are left out

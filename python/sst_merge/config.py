@@ -51,6 +51,7 @@ _CHOICES = {
     "coordinates": ("weight", "core"),
     "mask": ("hard", "soft"),
     "dtype": DTYPES,
+    "tokenizer": ("base", *ROLES),
 }
 
 _RANGES = {  # name -> (low, high, low included, high included)
@@ -71,6 +72,7 @@ _RANGES = {  # name -> (low, high, low included, high included)
     "batch_size": (1, math.inf, True, False),
     "max_length": (2, math.inf, True, False),
     "held_out": (0.0, 1.0, False, False),
+    "max_new_tokens": (1, math.inf, True, False),
     "rank": (1, math.inf, True, False),
 }
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _BLOCK = 1 << 22  # bytes read at once
-_SPEED = ("batch_size", "harm", "benign")  # of `Calibration`: no statistic depends on it, or it is hashed itself
+_BATCHES = ("batch_size", "packing")  # of `Calibration`: no statistic depends on them, beyond rounding
+_FILES = ("harm", "benign")  # of `Calibration`: hashed
 
 
 def fingerprint(problem: Problem, parameters: FisherParameters) -> dict[str, Any]:
@@ -56,11 +57,11 @@ def fingerprint(problem: Problem, parameters: FisherParameters) -> dict[str, Any
     }
     calibration = config.calibration
     if calibration is not None:
-        settings = {key: value for key, value in asdict(calibration).items() if key not in _SPEED}
+        settings = asdict(calibration)
         tree["tokenizer"] = _hash_tokenizer(problem.tokenizer)
+        tree["data"] = {kind: [_hash_examples(kind, settings.pop(kind))] for kind in _FILES}
+        tree["batches"] = {key: settings.pop(key) for key in _BATCHES}
         tree["calibration"] = settings
-        tree["batch_size"] = calibration.batch_size
-        tree["data"] = {kind: [_hash_examples(kind, getattr(calibration, kind))] for kind in ("harm", "benign")}
     return tree
 
 
@@ -99,7 +100,8 @@ def _hash_examples(kind: str, path: str) -> str:
         examples = read_examples(path)
     except ValueError as error:
         raise ValueError(f"calibration.{kind} ({path}): {error}") from None
-    return hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+    said = [(e.messages, e.pieces, e.tokens) for e in examples]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _hash_tokenizer(tokenizer: Any) -> str:

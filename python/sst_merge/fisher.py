@@ -21,7 +21,8 @@ from tqdm import tqdm
 from sst_kernels.collect import CoreBasis, CoreGradients
 from sst_kernels.labels import counter_uniform, sample_labels
 
-from .data import Batch, TokenSequence, batches
+from .data import TokenSequence
+from .packing import Batch, batches
 from .store import FisherFolder, Progress
 from .sums import FisherSums, Statistics
 
@@ -40,6 +41,7 @@ class CollectionSettings:
         batch_size: Sequences a forward pass.
         samples: Labels ŷ sampled per position for the true Fisher.
         seed: Of the sampled labels.
+        row_length: Tokens of a row that several sequences are packed in; None gives each its own row.
     """
 
     points: tuple[float, ...] = (0.25, 0.5)
@@ -48,6 +50,7 @@ class CollectionSettings:
     batch_size: int = 8
     samples: int = 1
     seed: int = 0
+    row_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,18 @@ def log_likelihood(
         logits: Of a forward pass of the same batch, to save another one.
 
     Returns:
-        The sum, a float32 scalar, and the logits (S, T, V).
+        The sum, a float32 scalar, and the logits (R, T, V).
     """
     if logits is None:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = model(**batch.model_inputs, use_cache=False).logits
     row, position = batch.is_target[:, 1:].nonzero(as_tuple=True)  # logits at `position` predict the token after it
     scores = logits[row, position].float()
     if seed is None:
         labels = batch.input_ids[row, position + 1]
     else:
-        labels = sample_labels(scores.detach(), counter_uniform(seed, batch.index[row], position + 1, sample))
+        at = row, position + 1
+        uniform = counter_uniform(seed, batch.sequence_index[at], batch.position_ids[at], sample)
+        labels = sample_labels(scores.detach(), uniform)
     return -F.cross_entropy(scores, labels, reduction="sum"), logits
 
 
@@ -146,7 +151,8 @@ class Collector:
         """
         sums, done = (part.empty(self.settings.samples), 0) if saved is None else (saved.sums, saved.batches)
         device = next(self.model.parameters()).device
-        todo = [(t, b) for t in part.points for b in batches(part.sequences, self.settings.batch_size, device)]
+        rows = list(batches(part.sequences, self.settings.batch_size, device, self.settings.row_length))
+        todo = [(t, batch) for t in part.points for batch in rows]
         title, at = part.name.replace("_", " "), None
         with tqdm(total=len(todo), initial=done, desc=title, unit="batch", leave=False) as bar:
             for number, (t, batch) in enumerate(todo[done:], start=done + 1):
@@ -169,9 +175,7 @@ class Collector:
         """Forward, backward, and the rows of every module into the sums."""
         s = self.settings
         samples = s.samples if sampled else 1
-        size, length = batch.input_ids.shape
-        offsets = torch.arange(0, (size + 1) * length, length, device=batch.input_ids.device)
-        self.gradients.layout(offsets, batch.attention_mask.flatten())
+        self.gradients.layout(batch.cu_seqlens, batch.attention_mask.flatten())
         logits = None
         for sample in range(samples):
             seen: set[str] = set()

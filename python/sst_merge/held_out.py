@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sst_kernels.collect import CoreBasis, CoreGradients
 
 from .adapters import LowRank
-from .data import Batch, batches
+from .packing import Batch, batches
 from .problem import Problem
 
 _POSITIONS_AT_ONCE = 512  # bounds the float32 copies of the logits

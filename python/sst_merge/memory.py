@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from sst_kernels.collect import CoreBasis
 
+from .packing import make_rows
+
 if TYPE_CHECKING:
     from .problem import Problem
 
@@ -37,23 +39,25 @@ def estimate_memory(
     text = problem.model_config
     width = {"float64": 8, "float32": 4}.get(problem.dtype_name, 2)
     calibration = problem.config.calibration
-    longest = max(len(s.input_ids) for parts in problem.calibration.values() for part in parts for s in part)
-    tokens = min(calibration.max_length, longest) * calibration.batch_size
+    row_length = calibration.max_length if calibration.packing else None
+    rows = [row for parts in problem.calibration.values() for part in parts for row in make_rows(part, row_length)]
+    tokens = max(sum(len(s.input_ids) for s in row) for row in rows) * calibration.batch_size
+    sequences = max(len(row) for row in rows) * calibration.batch_size
     n = [basis.n for basis in bases.values()]
     points, samples = len(problem.config.parameters.weighted_points[0]), problem.config.parameters.samples
-    rows = [
+    gradients = [
         points * (samples if kind == "benign" else 1) * len(part)
         for kind, parts in problem.calibration.items()
         for part in parts
     ]
-    entries = sum(_entries(representation, n, count) for count in rows)
-    squares = sum(rows) * sum(n) if representation == "gram" else sum(i * i for i in n)
+    entries = sum(_entries(representation, n, count) for count in gradients)
+    squares = sum(gradients) * sum(n) if representation == "gram" else sum(i * i for i in n)
     workspace = min(_WORKSPACE * max(_STACKED, max(n) ** 2), 8 * squares)
     solved = 0 if coordinates == "weight" else 8 * squares + workspace
     return {
         "model": problem.parameter_count * width,
         "activations": tokens * (17 * width * text.num_hidden_layers * text.hidden_size + 12 * text.vocab_size),
-        "gradient rows": calibration.batch_size * max(n) * 4,
+        "gradient rows": sequences * max(n) * 4,
         "Fisher sums": 4 * entries,
         "directions": solved,
         "cores": 7 * 8 * sum(n),

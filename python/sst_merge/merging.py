@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .adapters import LowRank, write_files
 from .atomic import replace_dir
+from .calibration import write_generated
 from .config import load_config
 from .held_out import compare, measure
 from .methods import METHODS, Plan
@@ -136,6 +137,7 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool) -> MergeResu
         report["seconds"] = round(time.perf_counter() - started, 1)
         if folder is not None:
             write_report(folder, report, config)
+            write_generated(folder, problem)
     return MergeResult(problem, plan, report, None if out is None else Path(out))
 
 

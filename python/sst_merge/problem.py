@@ -12,20 +12,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from sst_kernels.collect import CoreBasis
 
 from .adapters import Adapter, LowRank, check_compatible, check_fits, read_adapter
+from .calibration import read_calibration
 from .coordinates import core_basis, to_core, weight_basis
-from .data import TokenSequence, read_examples, split_held_out, tokenize
+from .data import TokenSequence
 from .fingerprint import fingerprint
 from .fisher import CollectionSettings, Collector, collect_statistics
 from .memory import check_memory
-from .settings import Config, FisherParameters
+from .packing import check_packing
+from .settings import ROLES, Config, FisherParameters
 from .store import SERVES, FisherFolder
 from .sums import Statistics
+from .vocabulary import check_tokenizers, read_tokenizers
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Problem:
 
     Attributes:
         remarks: What the user should know; printed in the report.
+        generated: "harm" or "benign" -> sequences whose answers were generated, once `calibration` was asked for.
+        folder: Where statistics are kept, once they were asked for and `fisher_dir` was found to fit.
 
     Raises:
         ValueError: An adapter cannot be read, the two do not fit each other, or one does not fit the base.
@@ -75,6 +80,8 @@ class Problem:
             for role, adapter in (("utility", self.utility), ("safety", self.safety))
             if adapter.base_model and os.path.abspath(adapter.base_model) != os.path.abspath(config.base_model)
         ]
+        self.generated: dict[str, list[TokenSequence]] = {}
+        self.folder: FisherFolder | None = None
         self._curvature: dict[tuple, Curvature] = {}
 
     def updates(self, name: str) -> tuple[LowRank, LowRank]:
@@ -96,14 +103,17 @@ class Problem:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The base model's tokenizer."""
+        """The tokenizer that `calibration.tokenizer` names; ValueError if those of base and adapters disagree."""
         c = self.config
+        chosen = "base" if c.calibration is None else c.calibration.tokenizer
+        folders = {role: getattr(c, role).model for role in ROLES}
         options = {"trust_remote_code": c.trust_remote_code, "local_files_only": not c.download}
-        try:
-            return AutoTokenizer.from_pretrained(c.base_model, **options)
-        except (OSError, ValueError) as error:
-            hint = "save the model's tokenizer into its folder"
-            raise ValueError(f"base_model: no tokenizer in {c.base_model!r} ({hint}): {error}") from None
+        tokenizers, remarks = read_tokenizers(c.base_model, folders, **options)
+        if chosen not in tokenizers:
+            hint = "save a tokenizer into its folder, or name another with `tokenizer`"
+            raise ValueError("; ".join([f"calibration.tokenizer: {chosen!r} has none ({hint})", *remarks]))
+        self.remarks += remarks + check_tokenizers(tokenizers, chosen)
+        return tokenizers[chosen]
 
     @cached_property
     def model(self) -> nn.Module:
@@ -147,32 +157,7 @@ class Problem:
     @cached_property
     def calibration(self) -> dict[str, tuple[list[TokenSequence], list[TokenSequence]]]:
         """Keys "harm" and "benign" -> (found, held-out) sequences."""
-        c, tokenizer = self.config.calibration, self.tokenizer
-        parts = {}
-        for kind, path in (("harm", c.harm), ("benign", c.benign)):
-            try:
-                examples = read_examples(path)
-                sequences = tokenize(examples, tokenizer, c.max_length)
-                self._check_tokens(sequences)
-                if len(sequences) < len(examples):
-                    left_out = f"{len(examples) - len(sequences)} of {len(examples)} examples left out"
-                    self.remarks.append(f"calibration.{kind}: {left_out}, no loss-bearing token within max_length")
-                parts[kind] = split_held_out(sequences, c.held_out, getattr(self.config.parameters, "seed", 0))
-            except ValueError as error:
-                raise ValueError(f"calibration.{kind} ({path}): {error}") from None
-        return parts
-
-    def _check_tokens(self, sequences: list[TokenSequence]) -> None:
-        """The base can embed every token at every position."""
-        positions = getattr(self.model_config, "max_position_embeddings", None)
-        longest = max(len(s.input_ids) for s in sequences)
-        if positions is not None and longest > positions:
-            raise ValueError(f"a sequence has {longest} tokens, the base takes {positions}; lower max_length")
-        largest, vocabulary = max(max(s.input_ids) for s in sequences), self.model_config.vocab_size
-        if largest >= vocabulary:
-            raise ValueError(
-                f"the tokenizer gives token {largest}, the base's vocabulary has {vocabulary}: they do not fit"
-            )
+        return {kind: read_calibration(self, kind) for kind in ("harm", "benign")}
 
     def curvature(self, parameters: FisherParameters) -> Curvature:
         """Fishers of every module that the patch changes: remembered, else from `fisher_dir`, else collected.
@@ -208,10 +193,12 @@ class Problem:
         changed = {name: tau for name, tau in patch.items() if tau.any()}
         if not changed:
             raise ValueError("the patch is zero: the safety adapter changes nothing, or both adapters are the same")
-        folder = self._fisher_folder(parameters)
+        self.folder = folder = self._fisher_folder(parameters)
         if folder is not None and folder.complete:
             return Curvature(origin, changed, folder.statistics())
         check_memory(self, {name: bases[name] for name in changed}, representation, coordinates)
+        if self.config.calibration.packing:
+            check_packing(self.model, self.model_config.vocab_size)
         settings = _collection_settings(parameters, self.config)
         with Collector(self.model, bases, origin, changed, settings) as collector:
             harm, benign = self.calibration["harm"], self.calibration["benign"]
@@ -251,5 +238,11 @@ def _replace(model: nn.Module, name: str, value: Tensor) -> None:
 
 def _collection_settings(parameters: FisherParameters, config: Config) -> CollectionSettings:
     """Settings of a collection."""
-    batch_size, draws = config.calibration.batch_size, (parameters.samples, parameters.seed)
-    return CollectionSettings(*parameters.weighted_points, parameters.collected[1], batch_size, *draws)
+    return CollectionSettings(
+        *parameters.weighted_points,
+        parameters.collected[1],
+        config.calibration.batch_size,
+        parameters.samples,
+        parameters.seed,
+        config.calibration.max_length if config.calibration.packing else None,
+    )

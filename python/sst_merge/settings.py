@@ -250,8 +250,11 @@ class Calibration:
         harm: JSONL of forbidden prompts with refusals.
         benign: JSONL of prompts with answers that should not change.
         max_length: Longer sequences are cut.
-        batch_size: Sequences a forward pass.
+        batch_size: Sequences a forward pass; rows, when they are packed.
         held_out: Share kept apart to judge directions by.
+        packing: Several sequences share a row of max_length tokens; they do not see each other.
+        max_new_tokens: Longest answer that is generated for a prompt without one.
+        tokenizer: Whose tokenizer and chat template are used: "base", or a role whose adapter's folder has one.
     """
 
     harm: str
@@ -259,6 +262,9 @@ class Calibration:
     max_length: int = 512
     batch_size: int = 8
     held_out: float = 0.25
+    packing: bool = False
+    max_new_tokens: int = 64
+    tokenizer: str = "base"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import atomic
+from .data import TokenSequence
 from .sums import FisherSums, Statistics
 
 FINGERPRINT_NAME = "fisher.json"
@@ -109,6 +110,30 @@ class FisherFolder:
     def statistics(self) -> Statistics:
         """All parts of a complete collection."""
         return Statistics(**{part: self.load(part).sums for part in PARTS})
+
+    def load_answers(self, kind: str) -> list[TokenSequence] | None:
+        """The answers that were generated for the prompts of one kind; None if there are none yet."""
+        file = self._answers(kind)
+        if not file.is_file():
+            return None
+        try:
+            return [TokenSequence(*record) for record in json.loads(file.read_text(encoding="utf-8"))]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Fisher folder: {file} is damaged ({error}); remove {self.path}") from None
+
+    def save_answers(self, kind: str, answers: Sequence[TokenSequence]) -> None:
+        """Keep generated answers: a run that goes on, or a later merge, takes these.
+
+        Args:
+            kind: "harm" or "benign".
+            answers: Prompts with their answers.
+        """
+        self._begin()
+        atomic.write_text(self._answers(kind), json.dumps([[s.index, s.input_ids, s.is_target] for s in answers]))
+
+    def _answers(self, kind: str) -> Path:
+        """The file of generated answers."""
+        return self.path / f"answers-{kind}.json"
 
     def save_now_and_then(self, part: str, sums: FisherSums, batches: int) -> None:
         """Save a part after a batch, if `SAVE_EVERY` batches have come and saving is not a tenth of the work.
@@ -208,7 +233,7 @@ def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any],
     """ValueError unless the statistics in a folder are those that are wanted."""
     known, wanted = dict(known), dict(wanted)
     if complete:
-        wanted.pop("batch_size", None)  # a matter of speed, once all is summed
+        wanted.pop("batches", None)  # a matter of speed, once all is summed
         known = {key: value for key, value in known.items() if key in wanted}  # without data here, none to compare
         if known["representation"] in SERVES[wanted["representation"]]:
             wanted["representation"] = known["representation"]

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sst_merge.data import parse_records, tokenize_prompts
 from sst_merge.demo.evaluate import Scores, evaluate, greedy_share
-from sst_merge.demo.tokens import ASSISTANT, encode, make_tokenizer
+from sst_merge.demo.tokens import ASSISTANT, make_tokenizer
 from sst_merge.demo.world import REFUSAL, Example, make_world
 
 WORLD = make_world(1)
@@ -52,7 +53,7 @@ def small_model() -> LlamaForCausalLM:
 
 def greedy(model: nn.Module, prompt: str, length: int) -> list[int]:
     """Decode one token after another, unpadded, without a cache."""
-    ids = encode(TOKENIZER, [Example(prompt, "")])[0].input_ids[:-1]
+    ids = tokenize_prompts(parse_records([("prompt", {"prompt": prompt})]), TOKENIZER)[0].input_ids
     start = len(ids)
     for _ in range(length):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))

@@ -88,7 +88,8 @@ def test_adapters_that_do_not_fit_the_base(setup, gpt2_dir, tmp_path, capsys):
         ([], "holds no example"),
         ([{"prompt": "w1", "response": "w2"}], "at least 2"),
         ([{"prompt": "w1 " * 40, "response": "w2"}] * 3, "none of the 3 calibration examples"),
-        ([{"prompt": "w1"}] * 3, "line 1"),
+        ([{"prompt": "w1", "answer": "w2"}] * 3, "line 1"),
+        ([{"prompt": "w1"}] * 3, "leaves no room"),
     ],
 )
 @pytest.mark.parametrize("kind", ["harm", "benign"])

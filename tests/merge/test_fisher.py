@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sst_kernels.collect import CoreBasis
 from sst_kernels.labels import counter_uniform
-from sst_merge.data import TokenSequence, batches
+from sst_merge.data import TokenSequence
 from sst_merge.fisher import (
     CollectionSettings,
     Collector,
@@ -18,6 +18,7 @@ from sst_merge.fisher import (
     collect_statistics,
     log_likelihood,
 )
+from sst_merge.packing import batches
 from sst_merge.sums import FisherSums
 
 NAMES = {"model.layers.0.self_attn.v_proj": (8, 8), "model.layers.1.mlp.gate_proj": (12, 8)}

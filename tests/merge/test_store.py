@@ -232,3 +232,18 @@ def test_a_full_disk_loses_nothing(setup, tmp_path):
     for part in PARTS:
         name = f"{part}.safetensors"
         assert (tmp_path / "fisher" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
+def test_generated_answers_are_kept_with_the_statistics(setup, tmp_path, monkeypatch):
+    """Prompts alone: the second merge generates nothing, and measures on the same answers."""
+    prompts = [json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(12)]
+    setup.harm.write_text("\n".join(prompts))
+    config = write_config(setup, tmp_path / "config.yaml", calibration={"max_new_tokens": 5})
+    assert main(["merge", config, "--out", str(tmp_path / "first")]) == 0
+    monkeypatch.setattr("sst_merge.calibration.generate_answers", lambda *a: pytest.fail("generated again"))
+    again = ["merge", config, "--fisher", str(tmp_path / "first.fisher"), "--out", str(tmp_path / "second")]
+    assert main(again) == 0
+    first, second = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("first", "second"))
+    assert first["held_out"] == second["held_out"] and any("answers generated" in r for r in second["remarks"])
+    (tmp_path / "first.fisher/answers-harm.json").write_text("[[1")
+    assert main([*again[:-1], str(tmp_path / "third")]) == 2

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from .. import data
+from .. import packing
 from .tokens import encode
 from .world import REFUSAL_OPENING, Example, World
 
@@ -106,7 +106,7 @@ def greedy_share(
     training = model.training
     model.eval()
     matches = 0
-    for batch in data.batches(sequences, BATCH_SIZE, "cpu"):
+    for batch in packing.batches(sequences, BATCH_SIZE, "cpu"):
         greedy = model(input_ids=batch.input_ids).logits[:, :-1].argmax(-1)
         matches += int(((greedy == batch.input_ids[:, 1:]) | ~batch.is_target[:, 1:]).all(1).sum())
     model.train(training)

@@ -57,5 +57,5 @@ def encode(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> l
     Returns:
         One sequence an example.
     """
-    turns = [[{"role": "user", "content": e.prompt}, {"role": "assistant", "content": e.response}] for e in examples]
-    return data.tokenize(turns, tokenizer, MAX_LENGTH)
+    records = ((f"example {i}", {"prompt": e.prompt, "response": e.response}) for i, e in enumerate(examples))
+    return data.tokenize(data.parse_records(records), tokenizer, MAX_LENGTH)

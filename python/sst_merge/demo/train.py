@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .. import atomic, data
+from .. import atomic, data, packing
 from . import tokens
 from .tokens import MAX_LENGTH, encode, make_tokenizer
 from .world import Example, World
@@ -88,7 +88,7 @@ def _fingerprint(world: World, recipe: Recipe, seed: int) -> str:
     """Hash of all that decides the models: texts, recipe, seed, and the code that trains."""
     content = {"world": asdict(world), "recipe": asdict(recipe), "seed": seed}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    for module in (__file__, tokens.__file__, data.__file__):
+    for module in (__file__, tokens.__file__, data.__file__, packing.__file__):
         digest.update(Path(module).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -158,11 +158,11 @@ def fit(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: Sequence
     model.eval()
 
 
-def _batches(sequences: Sequence[data.TokenSequence], phase: Phase) -> Iterator[data.Batch]:
+def _batches(sequences: Sequence[data.TokenSequence], phase: Phase) -> Iterator[packing.Batch]:
     """Draw `phase.steps` random batches, sorted by length within groups of eight to save padding."""
     for first in range(0, phase.steps, 8):
         count = min(8, phase.steps - first)
         drawn = torch.randint(len(sequences), (count * phase.batch_size,)).tolist()
-        group = list(data.batches([sequences[i] for i in drawn], phase.batch_size, "cpu"))
+        group = list(packing.batches([sequences[i] for i in drawn], phase.batch_size, "cpu"))
         for i in torch.randperm(count).tolist():
             yield group[i]
