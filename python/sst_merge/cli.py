@@ -20,6 +20,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--device", help="cpu, cuda, cuda:1, …; replaces the file's")
     merge.add_argument("--dtype", help="float32, bfloat16, … in which the model runs; replaces the file's")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    merge.add_argument(
+        "--merge-into-base", action="store_true", help="write the merged model as a full checkpoint, not an adapter"
+    )
     merge.set_defaults(run=_merge)
 
     inspect = commands.add_parser("inspect", help="say what is in an adapter and what a merge would cover")
@@ -38,7 +41,14 @@ def _merge(args: argparse.Namespace) -> None:
     """sst-merge merge."""
     from .merging import merge
 
-    result = merge(args.config, out=args.out, overwrite=args.overwrite, device=args.device, dtype=args.dtype)
+    result = merge(
+        args.config,
+        out=args.out,
+        overwrite=args.overwrite,
+        merge_into_base=args.merge_into_base,
+        device=args.device,
+        dtype=args.dtype,
+    )
     print(f"wrote {result.path} (read {result.path / 'report.md'})")
 
 

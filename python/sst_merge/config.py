@@ -50,6 +50,8 @@ _CHOICES = {
     "coordinates": ("weight", "core"),
     "mask": ("hard", "soft"),
     "dtype": DTYPES,
+    "quantization": ("4bit", "8bit"),
+    "device_map": ("auto", "balanced", "sequential"),
 }
 
 _RANGES = {  # name -> (low, high, low included, high included)
@@ -117,7 +119,8 @@ def _config(tree: dict[str, Any], folder: Path) -> Config:
     parameters = METHOD_PARAMETERS[method]
     if issubclass(parameters, FisherParameters) and calibration is None:
         raise ValueError(f"merge_method {method} needs `calibration` with the files `harm` and `benign`")
-    plain = {key: tree[key] for key in ("dtype", "device", "trust_remote_code", "download") if key in tree}
+    scalars = ("dtype", "quantization", "device", "device_map", "trust_remote_code", "download")
+    plain = {key: tree[key] for key in scalars if key in tree}
     if plain.get("dtype") == "auto":  # the checkpoint's own; the output has no such choice
         del plain["dtype"]
     config = Config(
@@ -136,6 +139,7 @@ def _config(tree: dict[str, Any], folder: Path) -> Config:
     if method == "interpolation" and max(config.alphas) > 1:
         raise ValueError(f"alpha: interpolation needs alpha in [0, 1], got {max(config.alphas)}")
     _check_device(config.device)
+    _check_device_map(config.device_map)
     return config
 
 
@@ -191,6 +195,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "float": (int, float),
     "str": (str,),
     "bool": (bool,),
+    "dict": (dict,),
 }
 
 
@@ -210,7 +215,7 @@ def _checked(key: str, value: Any, annotation: str) -> Any:
     allowed = tuple(t for name in names for t in _TYPES.get(name, ()))
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise ValueError(f"{key}: expected {annotation}, got {value!r}")
-    if key in _CHOICES and value not in _CHOICES[key]:
+    if key in _CHOICES and isinstance(value, str) and value not in _CHOICES[key]:
         raise ValueError(
             f"{key}: expected one of {', '.join(_CHOICES[key])}, got {value!r}{_nearest(value, _CHOICES[key])}"
         )
@@ -259,6 +264,15 @@ def _check_device(device: str) -> None:
         raise ValueError(
             f"device: {device!r} is not available or not supported here; use cpu, or cuda with a GPU and its torch"
         )
+
+
+def _check_device_map(device_map: Any) -> None:
+    """A map names modules and devices that exist here."""
+    for module, device in device_map.items() if isinstance(device_map, dict) else ():
+        if not isinstance(module, str) or isinstance(device, bool) or not isinstance(device, (str, int)):
+            raise ValueError(f"device_map: expected {{module: device}}, got {module!r}: {device!r}")
+        if device != "disk":
+            _check_device(f"cuda:{device}" if isinstance(device, int) else device)
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Any, where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .adapters import LowRank, write_files
 from .atomic import replace_dir
+from .checkpoint import Checkpoint
 from .config import load_config
 from .methods import METHODS, Plan
 from .problem import Problem
@@ -48,15 +49,17 @@ def merge(
     *,
     out: str | Path | None = None,
     overwrite: bool = False,
+    merge_into_base: bool = False,
     **overrides: Any,
 ) -> MergeResult:
-    """θ = θ_0 + Δ_utility + α·Filter(τ), written as a PEFT adapter for every α.
+    """θ = θ_0 + Δ_utility + α·Filter(τ), written as a PEFT adapter, or as a full checkpoint, for every α.
 
     Args:
         config: YAML file, mapping or `Config`; see `config`.
         out: Output folder: adapter and report; with several α the adapters are in subfolders `alpha-…`. Nothing is
             left there unless everything succeeded. None writes nothing.
         overwrite: Replace an earlier output.
+        merge_into_base: Write full checkpoints, whatever the configuration says.
         overrides: Top-level keys that replace the configuration's, such as `device` and `dtype`.
 
     Returns:
@@ -66,6 +69,8 @@ def merge(
         ValueError: Anything the user can mend, with the remedy.
     """
     config = load_config(config, **overrides)
+    if merge_into_base:
+        config = replace(config, output=replace(config.output, merge_into_base=True))
     if out is not None:
         _refuse_inputs(Path(out), config)
     try:
@@ -82,8 +87,12 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool) -> MergeResu
     with nullcontext() if out is None else replace_dir(out, overwrite=overwrite) as folder:
         started = time.perf_counter()
         problem = Problem(config)
+        checkpoint = Checkpoint(problem) if config.output.merge_into_base else None
         plan = METHODS[config.merge_method](problem, config.parameters)
-        strengths = [_write_strength(problem, plan, alpha, folder) for alpha in config.alphas]
+        if checkpoint is not None and folder is not None:
+            strengths = [_write_checkpoint(checkpoint, plan, alpha, folder) for alpha in config.alphas]
+        else:
+            strengths = [_write_strength(problem, plan, alpha, folder) for alpha in config.alphas]
         report = build_report(problem, plan, strengths, time.perf_counter() - started)
         if folder is not None:
             write_report(folder, report, config)
@@ -105,8 +114,7 @@ def _write_strength(problem: Problem, plan: Plan, alpha: float, folder: Path | N
     }
     if folder is None:
         return strength
-    subfolder = folder if len(problem.config.alphas) == 1 else folder / f"alpha-{alpha!r}"
-    subfolder.mkdir(exist_ok=True)
+    subfolder = _subfolder(problem, alpha, folder)
     write_files(
         subfolder,
         updates,
@@ -116,6 +124,26 @@ def _write_strength(problem: Problem, plan: Plan, alpha: float, folder: Path | N
         dtype=getattr(torch, output.dtype),
     )
     return {**strength, "adapter": subfolder.relative_to(folder).as_posix()}
+
+
+def _write_checkpoint(checkpoint: Checkpoint, plan: Plan, alpha: float, folder: Path) -> dict[str, Any]:
+    """The base with the merge at one α added; what its dtype loses of the merge."""
+    problem = checkpoint.problem
+    subfolder = _subfolder(problem, alpha, folder)
+    biases = _biases(problem, plan, alpha)
+    error = checkpoint.write(subfolder, lambda name: plan.dense(problem, name, alpha), biases)
+    return {
+        "alpha": alpha,
+        "worst_rounding_error": error,
+        "checkpoint": subfolder.relative_to(folder).as_posix(),
+    }
+
+
+def _subfolder(problem: Problem, alpha: float, folder: Path) -> Path:
+    """Where one of the strengths is written; made."""
+    subfolder = folder if len(problem.config.alphas) == 1 else folder / f"alpha-{alpha!r}"
+    subfolder.mkdir(exist_ok=True)
+    return subfolder
 
 
 def _biases(problem: Problem, plan: Plan, alpha: float) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ class Problem:
         config: The checked configuration.
 
     Attributes:
+        skeleton: The base model on the meta device: its modules and shapes.
         remarks: What the user should know; printed in the report.
 
     Raises:
@@ -58,11 +59,11 @@ class Problem:
         self.utility = _read(config.utility.model, config.utility.weight, config.device)
         self.safety = _read(config.safety.model, config.safety.weight, config.device)
         check_compatible([self.utility, self.safety])
-        skeleton = self._from_pretrained(on_meta=True)
+        self.skeleton = self._from_pretrained(on_meta=True)
         for adapter in (self.utility, self.safety):
-            check_fits(adapter, skeleton)
-        self.parameter_count = sum(p.numel() for p in skeleton.parameters())
-        self.model_config = skeleton.config.get_text_config()
+            check_fits(adapter, self.skeleton)
+        self.parameter_count = sum(p.numel() for p in self.skeleton.parameters())
+        self.model_config = self.skeleton.config.get_text_config()
         self.dtype_name = (
             str(self.model_config.dtype or "float32").removeprefix("torch.") if config.dtype == "auto" else config.dtype
         )
