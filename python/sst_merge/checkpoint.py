@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .base import is_quantised
 from .problem import Problem
 
 WEIGHTS_NAME = "model.safetensors"
@@ -184,7 +185,7 @@ _ADAPTER = "write an adapter instead"
 
 def _refuse_quantised(problem: Problem) -> None:
     """ValueError for a base whose weights are not numbers to which something can be added."""
-    own = getattr(problem.skeleton.config, "quantization_config", None)
+    own = is_quantised(problem.skeleton)
     if own or problem.config.quantization:
         raise ValueError(
             f"merge_into_base: the base is quantised ({'by its config.json' if own else 'as `quantization` says'}); "

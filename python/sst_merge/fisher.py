@@ -21,6 +21,7 @@ from sst_kernels import syrk_accumulate_
 from sst_kernels.collect import CoreBasis, CoreGradients
 from sst_kernels.labels import counter_uniform, sample_labels
 
+from .base import input_device
 from .data import Batch, TokenSequence, batches
 
 
@@ -197,7 +198,7 @@ class Collector:
         with bar:
             for t, weight in points.items():
                 self._move_to(t)
-                for batch in batches(sequences, s.batch_size, next(self.model.parameters()).device):
+                for batch in batches(sequences, s.batch_size, input_device(self.model)):
                     self._one_batch(batch, sums, weight, sampled)
                     bar.update(len(batch.index))
                 sums.count += weight * len(sequences)

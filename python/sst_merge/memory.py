@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from sst_kernels.collect import CoreBasis
 
+from .base import model_bytes
+
 if TYPE_CHECKING:
     from .problem import Problem
 
@@ -45,7 +47,7 @@ def estimate_memory(
     squares = sum(i * i for i in n)
     solved = 0 if coordinates == "weight" else 8 * squares + min(_WORKSPACE * max(_STACKED, max(n) ** 2), 8 * squares)
     return {
-        "model": problem.parameter_count * width,
+        "model": model_bytes(problem.config, problem.skeleton, getattr(torch, problem.dtype_name)),
         "activations": tokens * (17 * width * text.num_hidden_layers * text.hidden_size + 12 * text.vocab_size),
         "gradient rows": calibration.batch_size * max(n) * 4,
         "Fisher sums": _SUMS * 4 * entries,

@@ -133,13 +133,13 @@ def test_each_tensor_keeps_its_dtype_and_is_rounded_once(setup, base_dir, make_a
     assert strength["worst_rounding_error"] == pytest.approx(worst, rel=1e-3)
 
 
-TIED = {
-    "embedding and head": {"target_modules": ["wte", "lm_head", "c_fc"]},
-    "embedding": {"target_modules": ["wte", "c_attn"]},
-    "head": {"target_modules": ["lm_head", "c_attn"]},
-    "saved head": {"target_modules": ["c_attn", "c_proj"], "modules_to_save": ["lm_head"]},
-    "bias": {"target_modules": ["c_attn", "mlp.c_proj"], "lora_bias": True},
-    "saved norm": {"target_modules": ["c_attn"], "modules_to_save": ["ln_f"]},
+TIED = {  # what the adapter holds, and whether that unties
+    "embedding and head": ({"target_modules": ["wte", "lm_head", "c_fc"]}, True),
+    "embedding": ({"target_modules": ["wte", "c_attn"]}, True),
+    "head": ({"target_modules": ["lm_head", "c_attn"]}, True),
+    "saved head": ({"target_modules": ["c_attn", "c_proj"], "modules_to_save": ["lm_head"]}, True),
+    "bias": ({"target_modules": ["c_attn", "mlp.c_proj"], "lora_bias": True}, False),
+    "saved norm": ({"target_modules": ["c_attn"], "modules_to_save": ["ln_f"]}, False),
 }
 
 
@@ -155,14 +155,14 @@ def test_tied_embeddings_conv1d_and_biases(
     assert "lm_head.weight" not in tensors
     renamed = {prefix + key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
     save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
-    rebase(setup, base, base_dir, make_adapter, fan_in_fan_out=True, **TIED[case])
+    settings, untied = TIED[case]
+    rebase(setup, base, base_dir, make_adapter, fan_in_fan_out=True, **settings)
     setup.safety, _ = make_adapter(base, seed=2, target_modules=["c_fc"], fan_in_fan_out=True)
     out = run(setup, tmp_path, parameters={"alpha": 0.0})
     expected = logits(setup.utility_model, input_ids)
     written = AutoModelForCausalLM.from_pretrained(out)
     torch.testing.assert_close(logits(written, input_ids), expected, rtol=1e-5, atol=1e-5)
     assert (expected - logits(load_base(base), input_ids)).abs().max() > 1e-2
-    untied = "e" in case[:1] or "head" in case
     assert json.loads((out / "config.json").read_text()).get("tie_word_embeddings", True) is not untied
     assert ("lm_head.weight" in tensors_of(out)) is untied
 
