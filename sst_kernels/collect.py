@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .ops import khatri_rao_rows
-from .rows import CONVOLUTIONS, convolution_fault, input_rows, output_of
+from .rows import fault, input_rows, output_of
 
 
 class _Tap(torch.autograd.Function):
@@ -111,7 +111,7 @@ class CoreGradients:
         consume: Called as `consume(name, rows)` during the backward pass; assign it before.
 
     Raises:
-        ValueError: The model has no module of that name, or it is a convolution of several groups or other padding.
+        ValueError: The model has no module of that name, or it computes something else (`rows.fault`).
     """
 
     def __init__(self, model: nn.Module, bases: Mapping[str, CoreBasis], watched: Collection[str]) -> None:
@@ -119,8 +119,8 @@ class CoreGradients:
         for name in bases:
             if name not in modules:
                 raise ValueError(f"bases: the model has no module named {name!r}; use names of model.named_modules()")
-            if isinstance(modules[name], CONVOLUTIONS) and (fault := convolution_fault(modules[name])):
-                raise ValueError(f"bases: {name!r} is no linear map of zero-padded patches: {fault}; leave it out")
+            if reason := fault(modules[name]):
+                raise ValueError(f"bases: {name!r} is no linear map of its input's rows: {reason}; leave it out")
         self.model, self.bases, self.watched = model, bases, frozenset(watched)
         self.consume: Callable[[str, Tensor], None] | None = None
         self._modules = {name: modules[name] for name in bases}

@@ -29,6 +29,17 @@ def convolution_fault(layer: nn.Module) -> str | None:
     return None
 
 
+def fault(module: nn.Module) -> str | None:
+    """Why a layer does not compute y_t = W x_t for the rows of `input_rows`; None if it does, as far as is known."""
+    layer = unwrapped(module)
+    if isinstance(layer, CONVOLUTIONS):
+        return convolution_fault(layer)
+    own_forward = isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward
+    if own_forward and not hasattr(layer, "embed_scale"):  # the look-up times that scale
+        return f"{type(layer).__name__} computes something else than a look-up"
+    return None
+
+
 def input_rows(module: nn.Module, x: Tensor, q_in: Tensor | None = None) -> Tensor:
     """The rows x_t, or x_t Q_in.
 
@@ -43,7 +54,7 @@ def input_rows(module: nn.Module, x: Tensor, q_in: Tensor | None = None) -> Tens
     """
     layer = unwrapped(module)
     if isinstance(layer, nn.Embedding):
-        return x if q_in is None else F.embedding(x, q_in)
+        return x if q_in is None else F.embedding(x, q_in) * getattr(layer, "embed_scale", 1.0)
     if isinstance(layer, CONVOLUTIONS):
         x = _patches(layer, x)
     return x if q_in is None else x.to(q_in.dtype) @ q_in

@@ -17,6 +17,11 @@ LAYERS = {
 }
 
 
+class Shifted(nn.Embedding):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
 def orthonormal(d: int, r: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(d, r, dtype=torch.float64, generator=torch.Generator().manual_seed(d))).Q
 
@@ -66,11 +71,12 @@ def test_a_convolution_that_changes_the_length_is_named():
     [
         (nn.Conv1d(4, 4, 3, groups=4), "grouped convolution"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "padding_mode='circular'"),
+        (Shifted(4, 4), "Shifted computes something else than a look-up"),
     ],
 )
-def test_other_convolutions_are_refused_by_name(layer, message):
+def test_other_layers_are_refused_by_name(layer, message):
     basis = CoreBasis(orthonormal(4, 2), orthonormal(layer.weight[0].numel(), 2))
-    with pytest.raises(ValueError, match=rf"'0' is no linear map of zero-padded patches: {message}"):
+    with pytest.raises(ValueError, match=rf"'0' is no linear map of its input's rows: {message}"):
         CoreGradients(nn.Sequential(layer), {"0": basis}, ())
 
 

@@ -6,6 +6,9 @@ import torch
 
 from sst_merge.problem import Problem
 
+TRANSPOSED = ("Embedding", "Gemma3TextScaledWordEmbedding", "Conv1D")
+"""Classes that store W as (d_in, d_out)."""
+
 
 def harm_fishers(model: torch.nn.Module, problem: Problem) -> dict[str, torch.Tensor]:
     """E[g gᵀ] of every module of the problem, at the weights of `model` (float64, the utility's ΔW added)."""
@@ -17,7 +20,7 @@ def harm_fishers(model: torch.nn.Module, problem: Problem) -> dict[str, torch.Te
         sum(logp[t - 1, i] for t, i in enumerate(sequence.input_ids) if sequence.is_target[t]).backward()
         for name, basis in problem.bases.items():
             gradient = model.get_submodule(name).weight.grad.flatten(1)
-            if type(model.get_submodule(name)).__name__ in ("Embedding", "Conv1D"):  # stored transposed
+            if type(model.get_submodule(name)).__name__ in TRANSPOSED:
                 gradient = gradient.mT
             core = (basis.q_out.mT @ gradient @ basis.q_in).flatten()
             totals[name] = totals[name] + core.outer(core) / len(found)

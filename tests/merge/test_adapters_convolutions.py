@@ -110,6 +110,19 @@ def test_merged_adapter_adds_the_kernels_in_peft(convolutional, tmp_path, input_
         assert (expected - load_base(setup.base).double()(input_ids).logits).abs().max() > 0.1
 
 
+def test_kernels_merged_into_the_base(convolutional, tmp_path, input_ids, load_base):
+    setup, utility, safety = convolutional
+    path, out = tmp_path / "config.yaml", tmp_path / "whole"
+    path.write_text(yaml.safe_dump(setup.config("task_arithmetic")))
+    assert main(["merge", str(path), "--out", str(out), "--merge-into-base"]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (setup.base, out))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        name = key.removesuffix(".weight")
+        change = delta(utility, name) + delta(safety, name) if name in MODULES else 0.0
+        torch.testing.assert_close(after[key].double(), tensor.double() + change, rtol=0, atol=1e-5)
+
+
 def test_fishers_of_convolutions_are_those_of_their_kernels(convolutional, tmp_path):
     """By autograd through each kernel, one sequence at a time."""
     setup, utility, _ = convolutional

@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from reference import harm_fishers
+from reference import TRANSPOSED, harm_fishers
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from sst_merge.cli import main
 from sst_merge.config import load_config
@@ -27,6 +27,7 @@ CASES = {  # base, the utility's settings, the safety's
     "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "k_proj"]}, None),
     "tied embedding": ("gpt2", {"target_modules": ["wte", "c_attn"], "fan_in_fan_out": True}, None),
     "tied head": ("gpt2", {"target_modules": ["lm_head", "c_fc"], "fan_in_fan_out": True}, None),
+    "scaled embedding": ("gemma3", {"target_modules": ["embed_tokens", "q_proj"]}, None),
     "patterns": ("llama", PATTERNS, None),
     "patterns, rsLoRA": ("llama", {**PATTERNS, "use_rslora": True}, {"target_modules": "all-linear", "r": 3}),
     "saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}, PATTERNS),
@@ -38,12 +39,23 @@ CASES = {  # base, the utility's settings, the safety's
 }
 
 
+def save_gemma3(folder: Path) -> None:
+    """A base that multiplies its tied embeddings by √hidden_size."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "sliding_window": 16}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Gemma3TextConfig(**sizes, **heads)).save_pretrained(folder)
+
+
 @pytest.fixture(params=CASES)
 def case(request, setup, llama_dir, gpt2_dir, base_dir, make_adapter, tmp_path):
     """The setup with the case's adapters."""
     family, utility, safety = CASES[request.param]
     setup.base = tmp_path / family
-    shutil.copytree({"llama": llama_dir, "gpt2": gpt2_dir}[family], setup.base)
+    if family == "gemma3":
+        save_gemma3(setup.base)
+    else:
+        shutil.copytree({"llama": llama_dir, "gpt2": gpt2_dir}[family], setup.base)
     for file in base_dir.glob("*token*"):
         shutil.copy(file, setup.base)
     setup.utility, _ = make_adapter(setup.base, seed=1, **utility)
@@ -94,7 +106,7 @@ def test_sst_covers_each_module_and_names_the_rest(case, tmp_path, load_base):
         reference.get_parameter(name).data = value.double()
     for name, update in problem.utility.updates.items():
         module, delta = reference.get_submodule(name), update.dense().double()
-        module.weight.data += delta.mT if type(module).__name__ in ("Embedding", "Conv1D") else delta
+        module.weight.data += delta.mT if type(module).__name__ in TRANSPOSED else delta
     statistics = problem.curvature(problem.config.parameters).statistics
     for name, expected in harm_fishers(reference, problem).items():
         if name in covered:
