@@ -101,6 +101,26 @@ def test_fishers_of_a_quantised_base_are_those_of_its_weights(wide, tmp_path, lo
     PeftModel.from_pretrained(load_base(wide.base), out)
 
 
+def test_a_base_in_bfloat16_runs_as_it_is(wide, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(wide.base).bfloat16()
+    model.save_pretrained(wide.base)
+    assert run(wide, tmp_path)[0] == 0
+    problem = Problem(load_config(tmp_path / "config.yaml"))
+    assert problem.model.dtype == torch.bfloat16
+    model = model.double().eval()
+    for name, update in read_adapter(wide.utility).updates.items():
+        model.get_submodule(name).weight.data += update.dense().double()
+    expected = harm_fishers(model, problem)
+    trace = sum(float(expected[name].trace()) for name in problem.safety.updates)
+    assert json.loads((tmp_path / "out/report.json").read_text())["fisher_trace"]["harm"] == pytest.approx(
+        trace, rel=0.05
+    )
+    statistics = problem.curvature(problem.config.parameters).statistics
+    for name in problem.safety.updates:
+        error = float((statistics.harm.fisher(name) - expected[name]).norm() / expected[name].norm())
+        assert 1e-5 < error < 0.1, (name, error)  # rounded, so it ran in bfloat16
+
+
 @needs_bitsandbytes
 def test_a_base_that_is_stored_quantised_loads_as_it_is(wide, tmp_path, capsys):
     stored = tmp_path / "stored"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,6 +134,28 @@ def test_each_tensor_keeps_its_dtype_and_is_rounded_once(setup, base_dir, make_a
         worst = max(worst, float((stored - exact).norm() / change.norm()))
     (strength,) = json.loads((out / "report.json").read_text())["strengths"]
     assert strength["worst_rounding_error"] == pytest.approx(worst, rel=1e-3)
+
+
+def test_a_base_named_by_its_place_in_the_cache(setup, base_dir, tmp_path):
+    """The files are copied, not linked into the cache."""
+    repository, commit = tmp_path / "cache" / "models--someone--tiny", "0" * 40
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / commit
+    shutil.copytree(base_dir, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**setup.config("task_arithmetic"), "base_model": "someone/tiny"}))
+    command = [sys.executable, "-m", "sst_merge.cli", "merge", str(path), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    run = subprocess.run([*command, "--merge-into-base"], env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    before, after = tensors_of(base_dir), tensors_of(tmp_path / "out")
+    assert sum(not torch.equal(before[key], after[key]) for key in after) == 6 and before.keys() == after.keys()
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+    AutoTokenizer.from_pretrained(tmp_path / "out")
 
 
 TIED = {  # what the adapter holds, and whether that unties
