@@ -20,7 +20,7 @@ from .problem import Problem
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
-_OURS = {"config.json", INDEX_NAME, "report.json"}  # written anew, or an earlier merge's
+_LEFT_OUT = {"config.json", INDEX_NAME, "report.json", "adapter_config.json"}  # written anew, or not the model's
 _WIDER = {torch.float64: torch.float64, **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32)}
 
 
@@ -48,18 +48,26 @@ class Checkpoint:
         if without := sorted(name for name in biased if self.model.get_submodule(name).bias is None):
             raise ValueError(f"merge_into_base: the base has no bias where the adapters add one: {without}; {_ADAPTER}")
         changed = {*problem.saved, *(f"{name}.weight" for name in problem.names), *(f"{name}.bias" for name in biased)}
+        self.groups = _tied_groups(self.model)
         tied = self._tied_with(changed)
         self.untied = bool(tied)
-        self.places = self._places(
-            sorted(changed | tied)
-        )  # parameter -> (key it is stored at, key its base value is at)
+        if self.untied:
+            problem.remarks.append(
+                f"checkpoint: {sorted(tied)} are stored each for itself, and tie_word_embeddings is false now: an "
+                "adapter changes tied weights one by one"
+            )
+        # Parameter -> (the key to store it at, the key of its base value).
+        self.places = self._places(sorted(changed | tied))
 
     def _read_index(self) -> dict[str, str]:
         """File of each tensor."""
         index = self.folder / INDEX_NAME
         try:
             if index.is_file():
-                return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                if outside := sorted({file for file in shards.values() if Path(file).name != file}):
+                    raise ValueError(f"it names files of other folders: {outside}")
+                return shards
             with safe_open(self.folder / WEIGHTS_NAME, "pt") as file:
                 return dict.fromkeys(file.keys(), WEIGHTS_NAME)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -70,9 +78,7 @@ class Checkpoint:
 
     def _tied_with(self, changed: set[str]) -> set[str]:
         """Every parameter of each tied group of which a member is changed."""
-        ties = self.model.all_tied_weights_keys  # target -> source
-        groups = [{source, *(t for t, s in ties.items() if s == source)} for source in set(ties.values())]
-        tied = set().union(*(group for group in groups if group & changed))
+        tied = {member for name in changed for member in self.groups.get(name, ())}
         ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         names = {f"{name}.weight" for name, module in self.model.named_modules() if any(module is end for end in ends)}
         if other := sorted(tied - names):
@@ -81,17 +87,13 @@ class Checkpoint:
 
     def _places(self, names: list[str]) -> dict[str, tuple[str, str]]:
         """Where the parameters lie in the files."""
-        ties, prefix = self.model.all_tied_weights_keys, f"{self.model.base_model_prefix}."
-        places, missing = {}, []
+        prefix, places = f"{self.model.base_model_prefix}.", {}
         for name in names:
-            source = ties.get(name, name)
-            group = (name, source, *(target for target, s in ties.items() if s == source))
-            keys = (key for member in group for key in (member, member.removeprefix(prefix)) if key in self.shards)
-            if (key := next(keys, None)) is None:
-                missing.append(name)
-                continue
-            places[name] = (key if key in (name, name.removeprefix(prefix)) else name, key)
-        if missing:
+            for member in (name, *self.groups.get(name, ())):
+                stored = [key for key in (member, member.removeprefix(prefix)) if key in self.shards]
+                if stored and name not in places:
+                    places[name] = (stored[0] if member == name else name, stored[0])
+        if missing := sorted(set(names) - places.keys()):
             raise ValueError(
                 f"merge_into_base: {self.folder} stores no tensors named {missing}: this class renames or fuses what "
                 f"it loads; {_ADAPTER}"
@@ -193,6 +195,14 @@ def _refuse_quantised(problem: Problem) -> None:
         )
 
 
+def _tied_groups(model: nn.Module) -> dict[str, list[str]]:
+    """Name -> the names of one and the same parameter, for those that have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
 def _local_folder(problem: Problem) -> Path:
     """Where the base's files lie: the folder named, or the cache's snapshot of that name."""
     name = problem.config.base_model
@@ -208,7 +218,7 @@ def _copy_files(source: Path, folder: Path) -> None:
     """Everything beside the weights that loading the model or its tokenizer can ask for."""
     for pattern in _COPIED:
         for file in source.glob(pattern):
-            if file.is_file() and file.name not in _OURS:
+            if file.is_file() and file.name not in _LEFT_OUT:
                 shutil.copyfile(file, folder / file.name)
     if (templates := source / "additional_chat_templates").is_dir():
         shutil.copytree(templates, folder / templates.name)

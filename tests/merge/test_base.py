@@ -214,5 +214,6 @@ def test_device_map_changes_no_fisher(setup, tmp_path, monkeypatch, name):
             torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-9)
     remarks = " ".join(spread.report["remarks"])
     assert ("parameters are offloaded" in remarks) == (name == "disk")
-    assert run(setup, tmp_path, device_map=MAPS[name])[0] == 0
+    code, out = run(setup, tmp_path, device_map=MAPS[name])
+    assert code == 0 and load_config(out / "sst_config.yaml").device_map == MAPS[name]
     assert not (tmp_path / "offload").exists()

@@ -98,6 +98,15 @@ def test_shards_metadata_and_files_are_the_base_s(sharded, tmp_path):
     assert not (out / "pytorch_model.bin").exists() and not (out / "adapter_config.json").exists()
 
 
+def test_an_index_that_names_other_folders_is_refused(sharded, tmp_path, capsys):
+    index = sharded.base / "model.safetensors.index.json"
+    tree = json.loads(index.read_text())
+    name, file = next(iter(tree["weight_map"].items()))
+    tree["weight_map"][name] = f"../{sharded.base.name}/{file}"
+    index.write_text(json.dumps(tree))
+    assert "files of other folders: ['../sharded/" in refusal(sharded, tmp_path, capsys)
+
+
 def test_every_strength_has_a_checkpoint_of_its_own(sharded, tmp_path):
     out = run(sharded, tmp_path, method="sst", parameters={"alpha": [0.5, 1.0], "k": 0.5})
     strengths = json.loads((out / "report.json").read_text())["strengths"]
@@ -190,6 +199,7 @@ def test_tied_embeddings_conv1d_and_biases(
     assert (expected - logits(load_base(base), input_ids)).abs().max() > 1e-2
     assert json.loads((out / "config.json").read_text()).get("tie_word_embeddings", True) is not untied
     assert ("lm_head.weight" in tensors_of(out)) is untied
+    assert ("tie_word_embeddings is false now" in (out / "report.md").read_text()) is untied
 
 
 def test_untied_head_is_in_the_index(setup, base_dir, make_adapter, load_base, tmp_path, input_ids):
