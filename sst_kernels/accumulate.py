@@ -32,8 +32,9 @@ from .collect import CoreBasis, ForwardPass, LayerTaps, uncompiled
 from .factors import AccumulatorOptions, Factors
 from .labels import counter_uniform, sample_labels
 from .layer_factors import LayerFactors, Rows, sum_dtype
-from .layers import Modules, beyond, gathered_rows, input_rows, leading, model_sum_dtype, select, tied_names, warn_of
+from .layers import Modules, beyond, gathered_rows, model_sum_dtype, select, tied_names, warn_of
 from .layout import TokenLayout, batch_shape
+from .rows import input_rows, leading
 from .sharing import InputSharing
 
 _NO_PASS = (

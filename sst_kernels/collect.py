@@ -12,7 +12,8 @@ n = r_out·r_in. The hook computes
 
 so that autograd's gradient at z is δ̂ = δ Q_out with δ = ∂/∂y. Both projections that the gradient needs are there
 already: per sequence s, ∂/∂φ = Σ_{t∈s} δ̂_t ⊗ x̂_t, one call of `khatri_rao_rows`. The base weight is never touched
-(it may be quantised) and gets no gradient. Only x̂ outlives the forward pass.
+(it may be quantised) and gets no gradient. Only x̂ outlives the forward pass. For a convolution x_t is the patch under
+output position t (`rows`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from .ops import khatri_rao_rows
+from .rows import fault, input_rows, output_of
 
 
 class _Tap(torch.autograd.Function):
@@ -101,15 +102,16 @@ class CoreGradients:
     the hooks, but gradients reach only one of the two graphs.
 
     Args:
-        model: Any module; its submodules named in `bases` must map (..., d_in) to (..., d_out), or be embeddings.
-        bases: Module name -> `CoreBasis`, on the module's device. Every core starts as zero.
+        model: Any module; its submodules named in `bases` must map (..., d_in) to (..., d_out), or be embeddings or
+            Conv1d or Conv2d of one group, whose tokens are output positions. They may lie on several devices.
+        bases: Module name -> `CoreBasis`, all on one device: there rows are handed out. Every core starts as zero.
         watched: Names of the modules whose gradients are gathered; the others only compute with their cores.
 
     Attributes:
         consume: Called as `consume(name, rows)` during the backward pass; assign it before.
 
     Raises:
-        ValueError: The model has no module of that name.
+        ValueError: The model has no module of that name, or it computes something else (`rows.fault`).
     """
 
     def __init__(self, model: nn.Module, bases: Mapping[str, CoreBasis], watched: Collection[str]) -> None:
@@ -117,6 +119,8 @@ class CoreGradients:
         for name in bases:
             if name not in modules:
                 raise ValueError(f"bases: the model has no module named {name!r}; use names of model.named_modules()")
+            if reason := fault(modules[name]):
+                raise ValueError(f"bases: {name!r} is no linear map of its input's rows: {reason}; leave it out")
         self.model, self.bases, self.watched = model, bases, frozenset(watched)
         self.consume: Callable[[str, Tensor], None] | None = None
         self._modules = {name: modules[name] for name in bases}
@@ -170,22 +174,22 @@ class CoreGradients:
             parameter.requires_grad_(True)
         self._frozen = []
 
-    def _bases_as(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Q_in, C, Q_out in the module's dtype, cast once and kept until the cores change."""
-        if name not in self._cast or self._cast[name][0].dtype != dtype:
+    def _bases_like(self, name: str, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q_in, C, Q_out in the output's dtype and on its device, cast once and kept until the cores change."""
+        known = self._cast.get(name)
+        if known is None or (known[0].dtype, known[0].device) != (output.dtype, output.device):
             basis = self.bases[name]
-            self._cast[name] = tuple(t.to(dtype) for t in (basis.q_in, self.cores[name], basis.q_out))
+            self._cast[name] = tuple(t.to(output) for t in (basis.q_in, self.cores[name], basis.q_out))
         return self._cast[name]
 
     def _add_update(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Y + (x Q_in) Cᵀ Q_outᵀ; where gradients are on, arrange for its row to be gathered."""
-        q_in, core, q_out = self._bases_as(name, output.dtype)
-        x = args[0]
-        x_hat = F.embedding(x, q_in) if isinstance(module, nn.Embedding) else x.to(output.dtype) @ q_in
+        q_in, core, q_out = self._bases_like(name, output)
+        x_hat = input_rows(module, args[0].to(output.device), q_in)
         z = x_hat @ core.mT
         if torch.is_grad_enabled() and name in self.watched:
             z = tap(z, x_hat.detach(), partial(self._gather, name))
-        return output + z @ q_out.mT
+        return output + output_of(module, z @ q_out.mT, output)
 
     def _gather(self, name: str, x_hat: Tensor, delta_hat: Tensor) -> None:
         """rows[s] = Σ_{t∈s} w_t δ̂_t ⊗ x̂_t, given to `consume`."""
@@ -197,10 +201,11 @@ class CoreGradients:
                 f"module {name!r} saw {len(x_hat)} tokens but the batch's layout has {len(self._weight)}: modules that "
                 "see other tokens (routed experts, position embeddings) are not covered"
             )
-        weight = self._weight
+        device, weight = x_hat.device, self._weight
         if weight is not None:
-            weight = weight.to(torch.float64 if x_hat.dtype == torch.float64 else torch.float32)
-        self.consume(name, khatri_rao_rows(x_hat, delta_hat, self._cu_seqlens, weight))
+            weight = weight.to(device, torch.float64 if x_hat.dtype == torch.float64 else torch.float32)
+        rows = khatri_rao_rows(x_hat, delta_hat, self._cu_seqlens.to(device), weight)
+        self.consume(name, rows.to(self.bases[name].q_out.device))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -23,21 +23,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .collect import CoreBasis
 from .layer_factors import LayerSpec, Rows, sum_dtype
 from .layout import TokenLayout
 from .ops import khatri_rao_rows
+from .rows import convolution_fault, grad_rows, input_rows, unwrapped
 
 Modules = Collection[str] | str | Callable[[str, nn.Module], bool] | None
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The layer inside adapters: `base_layer`, followed to its end."""
-    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
-        module = inner
-    return module
 
 
 def describe(module: nn.Module) -> LayerSpec | str:
@@ -46,7 +39,7 @@ def describe(module: nn.Module) -> LayerSpec | str:
     if isinstance(layer, nn.Embedding):
         return _describe_embedding(layer)
     if isinstance(layer, nn.Conv2d):
-        return _describe_conv2d(layer)
+        return convolution_fault(layer) or LayerSpec("conv2d", layer.weight[0].numel(), layer.out_channels)
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
         return LayerSpec("linear", layer.weight.shape[0], layer.nf)
     d_in, d_out = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
@@ -63,14 +56,6 @@ def _describe_embedding(layer: nn.Embedding) -> LayerSpec | str:
     if layer.scale_grad_by_freq:
         return "scale_grad_by_freq changes the gradient"
     return LayerSpec("embedding", layer.num_embeddings, layer.embedding_dim)
-
-
-def _describe_conv2d(layer: nn.Conv2d) -> LayerSpec | str:
-    if layer.groups != 1:
-        return "grouped convolution"
-    if layer.padding_mode != "zeros":
-        return f"padding_mode={layer.padding_mode!r}"
-    return LayerSpec("conv2d", layer.weight[0].numel(), layer.out_channels)
 
 
 def select(
@@ -180,44 +165,6 @@ def tied_names(model: nn.Module, specs: dict[str, LayerSpec]) -> dict[str, str]:
         if weight is not None and (owner := first.setdefault(id(weight), name)) != name:
             tied[name] = owner
     return tied
-
-
-def input_rows(module: nn.Module, x: Tensor, q_in: Tensor | None = None) -> Tensor:
-    """The rows x_t, or x_t Q_in.
-
-    Args:
-        module: A layer that `describe` accepts.
-        x: Its input.
-        q_in: (d_in, r) in the dtype of the layer's output, or None.
-
-    Returns:
-        (..., d_in) or (..., r): the leading dimensions are those of the tokens; (N, positions, …) for a convolution.
-        Without q_in, an embedding's rows are its indices, (...).
-    """
-    layer = unwrapped(module)
-    if isinstance(layer, nn.Embedding):
-        return x if q_in is None else F.embedding(x, q_in)
-    if isinstance(layer, nn.Conv2d):
-        x = _patches(layer, x)
-    return x if q_in is None else x.to(q_in.dtype) @ q_in
-
-
-def leading(module: nn.Module, x: Tensor) -> torch.Size:
-    """The leading dimensions of the rows of an input that is no image."""
-    return x.shape if isinstance(unwrapped(module), nn.Embedding) else x.shape[:-1]
-
-
-def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """(N, positions, C·kh·kw): one row for each place the kernel is laid on."""
-    x = F.pad(x if x.dim() == 4 else x.unsqueeze(0), layer._reversed_padding_repeated_twice)
-    return F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride).mT
-
-
-def grad_rows(module: nn.Module, delta: Tensor) -> Tensor:
-    """The rows δ_t, (..., d_out), of the gradient of the layer's output; leading dimensions as in `input_rows`."""
-    if isinstance(unwrapped(module), nn.Conv2d):
-        return (delta if delta.dim() == 4 else delta.unsqueeze(0)).flatten(2).mT
-    return delta
 
 
 def gathered_rows(

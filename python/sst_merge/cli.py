@@ -24,6 +24,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tune", action="store_true", help="choose damping, shrinkage, k or mu, and alpha on held-out data"
     )
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    merge.add_argument(
+        "--merge-into-base", action="store_true", help="write the merged model as a full checkpoint, not an adapter"
+    )
     merge.set_defaults(run=_merge)
 
     fisher = commands.add_parser("fisher", help="collect statistics for later merges, or add up collected ones")
@@ -51,7 +54,9 @@ def _merge(args: argparse.Namespace) -> None:
     from .merging import merge
 
     overrides = {"device": args.device, "dtype": args.dtype, "fisher_dir": args.fisher, "tune": args.tune or None}
-    result = merge(args.config, out=args.out, overwrite=args.overwrite, **overrides)
+    result = merge(
+        args.config, out=args.out, overwrite=args.overwrite, merge_into_base=args.merge_into_base, **overrides
+    )
     for warning in result.report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote {result.path} (read {result.path / 'report.html'})")

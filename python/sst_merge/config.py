@@ -52,6 +52,8 @@ _CHOICES = {
     "mask": ("hard", "soft"),
     "dtype": DTYPES,
     "tokenizer": ("base", *ROLES),
+    "quantization": ("4bit", "8bit"),
+    "device_map": ("auto", "balanced", "sequential"),
 }
 
 _RANGES = {  # name -> (low, high, low included, high included)
@@ -77,7 +79,7 @@ _RANGES = {  # name -> (low, high, low included, high included)
 }
 
 
-_PLAIN = ("dtype", "device", "trust_remote_code", "download", "fisher_dir", "tune")
+_PLAIN = ("dtype", "quantization", "device", "device_map", "trust_remote_code", "download", "fisher_dir", "tune")
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: Any) -> Config:
@@ -155,6 +157,7 @@ def _config(tree: dict[str, Any], folder: Path) -> Config:
     if method in AVERAGES and max(config.alphas) > 1:
         raise ValueError(f"alpha: {method} needs alpha in [0, 1], got {max(config.alphas)}")
     _check_device(config.device)
+    _check_device_map(config.device_map)
     return config
 
 
@@ -210,6 +213,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "float": (int, float),
     "str": (str,),
     "bool": (bool,),
+    "dict": (dict,),
 }
 
 
@@ -229,7 +233,7 @@ def _checked(key: str, value: Any, annotation: str) -> Any:
     allowed = tuple(t for name in names for t in _TYPES.get(name, ()))
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise ValueError(f"{key}: expected {annotation}, got {value!r}")
-    if key in _CHOICES and value not in _CHOICES[key]:
+    if key in _CHOICES and isinstance(value, str) and value not in _CHOICES[key]:
         raise ValueError(
             f"{key}: expected one of {', '.join(_CHOICES[key])}, got {value!r}{_nearest(value, _CHOICES[key])}"
         )
@@ -287,6 +291,15 @@ def _check_device(device: str) -> None:
         raise ValueError(
             f"device: {device!r} is not available or not supported here; use cpu, or cuda with a GPU and its torch"
         )
+
+
+def _check_device_map(device_map: Any) -> None:
+    """A map names modules and devices that exist here."""
+    for module, device in device_map.items() if isinstance(device_map, dict) else ():
+        if not isinstance(module, str) or isinstance(device, bool) or not isinstance(device, (str, int)):
+            raise ValueError(f"device_map: expected {{module: device}}, got {module!r}: {device!r}")
+        if device != "disk":
+            _check_device(f"cuda:{device}" if isinstance(device, int) else device)
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Any, where: str) -> None:

@@ -50,6 +50,7 @@ def fingerprint(problem: Problem, parameters: FisherParameters) -> dict[str, Any
             "safety": _hash_adapter(problem.safety),
         },
         "dtype": problem.dtype_name,
+        "quantization": config.quantization,
         "patch": parameters.patch,
         "points": [list(pair) for pair in zip(*parameters.weighted_points, strict=True)],
         "samples": parameters.samples,

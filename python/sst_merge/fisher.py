@@ -21,6 +21,7 @@ from tqdm import tqdm
 from sst_kernels.collect import CoreBasis, CoreGradients
 from sst_kernels.labels import counter_uniform, sample_labels
 
+from .base import input_device
 from .data import TokenSequence
 from .packing import Batch, batches
 from .store import FisherFolder, Progress
@@ -150,7 +151,7 @@ class Collector:
             ValueError: A module got no gradient, or one that is not finite; names it.
         """
         sums, done = (part.empty(self.settings.samples), 0) if saved is None else (saved.sums, saved.batches)
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         rows = list(batches(part.sequences, self.settings.batch_size, device, self.settings.row_length))
         todo = [(t, batch) for t in part.points for batch in rows]
         title, at = part.name.replace("_", " "), None

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sst_kernels.collect import CoreBasis, CoreGradients
 
 from .adapters import LowRank
+from .base import input_device
 from .packing import Batch, batches
 from .problem import Problem
 
@@ -78,7 +79,7 @@ def measure(problem: Problem, merged: Sequence[Mapping[str, LowRank]]) -> list[H
 def _held_out_batches(problem: Problem, kind: str) -> Iterator[Batch]:
     """Held-out sequences of one kind, in batches on the model's device."""
     sequences = problem.calibration[kind][1]
-    found = list(batches(sequences, problem.config.calibration.batch_size, next(problem.model.parameters()).device))
+    found = list(batches(sequences, problem.config.calibration.batch_size, input_device(problem.model)))
     yield from tqdm(found, desc=f"measure, {kind}", unit="batch", leave=False)
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from sst_kernels.collect import CoreBasis
 
+from .base import model_bytes
 from .packing import make_rows
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def estimate_memory(
     workspace = min(_WORKSPACE * max(_STACKED, max(n) ** 2), 8 * squares)
     solved = 0 if coordinates == "weight" else 8 * squares + workspace
     return {
-        "model": problem.parameter_count * width,
+        "model": model_bytes(problem.config, problem.skeleton, getattr(torch, problem.dtype_name)),
         "activations": tokens * (17 * width * text.num_hidden_layers * text.hidden_size + 12 * text.vocab_size),
         "gradient rows": sequences * max(n) * 4,
         "Fisher sums": 4 * entries,

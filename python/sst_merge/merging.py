@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .adapters import LowRank, write_files
 from .atomic import replace_dir
 from .calibration import write_generated
+from .checkpoint import Checkpoint
 from .config import load_config
 from .held_out import compare, measure
 from .methods import METHODS, Plan
@@ -53,9 +54,10 @@ def merge(
     *,
     out: str | Path | None = None,
     overwrite: bool = False,
+    merge_into_base: bool = False,
     **overrides: Any,
 ) -> MergeResult:
-    """θ = θ_0 + Δ_utility + α·Filter(τ), written as a PEFT adapter for every α.
+    """θ = θ_0 + Δ_utility + α·Filter(τ), written as a PEFT adapter, or as a full checkpoint, for every α.
 
     Args:
         config: YAML file, mapping or `Config`; see `config`.
@@ -63,6 +65,7 @@ def merge(
             left there unless everything succeeded. None writes nothing.
         overwrite: Replace an earlier output. Statistics are kept in `fisher_dir`, by default the folder `<out>.fisher`,
             where the next merge finds them and an interrupted one goes on.
+        merge_into_base: Write full checkpoints, whatever the configuration says.
         overrides: Top-level keys that replace the configuration's, such as `device` and `dtype`.
 
     Returns:
@@ -72,6 +75,8 @@ def merge(
         ValueError: Anything the user can mend, with the remedy.
     """
     config = load_config(config, **overrides)
+    if merge_into_base:
+        config = replace(config, output=replace(config.output, merge_into_base=True))
     if out is not None:
         _refuse_inputs(Path(out), config)
         if config.fisher_dir is None and isinstance(config.parameters, FisherParameters):
@@ -120,6 +125,7 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool) -> MergeResu
     with nullcontext() if out is None else replace_dir(out, overwrite=overwrite) as folder:
         started = time.perf_counter()
         problem = Problem(config)
+        checkpoint = Checkpoint(problem) if config.output.merge_into_base else None
         tuning = tune(problem) if config.tune else None
         if tuning is not None:
             problem.config = config = replace(config, parameters=tuning.parameters)
@@ -127,7 +133,11 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool) -> MergeResu
         strengths, updates = [], []
         for alpha in config.alphas:
             merged, error = _updates(problem, plan, alpha)
-            strengths.append(_write_strength(problem, plan, alpha, merged, folder) | {"worst_truncation_error": error})
+            if checkpoint is not None and folder is not None:
+                strengths.append(_write_checkpoint(checkpoint, plan, alpha, folder))
+            else:
+                row = _write_strength(problem, plan, alpha, merged, folder)
+                strengths.append({**row, "worst_truncation_error": error})
             updates.append(merged)
         report = build_report(problem, plan, strengths)
         if config.calibration is not None:
@@ -161,8 +171,7 @@ def _write_strength(
     }
     if folder is None:
         return strength
-    subfolder = folder if len(problem.config.alphas) == 1 else folder / f"alpha-{alpha!r}"
-    subfolder.mkdir(exist_ok=True)
+    subfolder = _subfolder(problem, alpha, folder)
     write_files(
         subfolder,
         updates,
@@ -172,6 +181,26 @@ def _write_strength(
         dtype=getattr(torch, problem.config.output.dtype),
     )
     return {**strength, "adapter": subfolder.relative_to(folder).as_posix()}
+
+
+def _write_checkpoint(checkpoint: Checkpoint, plan: Plan, alpha: float, folder: Path) -> dict[str, Any]:
+    """The base with the merge at one α added; what its dtype loses of the merge."""
+    problem = checkpoint.problem
+    subfolder = _subfolder(problem, alpha, folder)
+    biases = _biases(problem, plan, alpha)
+    error = checkpoint.write(subfolder, lambda name: plan.dense(problem, name, alpha), biases)
+    return {
+        "alpha": alpha,
+        "worst_rounding_error": error,
+        "checkpoint": subfolder.relative_to(folder).as_posix(),
+    }
+
+
+def _subfolder(problem: Problem, alpha: float, folder: Path) -> Path:
+    """Where one of the strengths is written; made."""
+    subfolder = folder if len(problem.config.alphas) == 1 else folder / f"alpha-{alpha!r}"
+    subfolder.mkdir(exist_ok=True)
+    return subfolder
 
 
 def _biases(problem: Problem, plan: Plan, alpha: float) -> dict[str, Tensor]:

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from sst_kernels.collect import CoreBasis
 
 from .adapters import Adapter, LowRank, check_compatible, check_fits, read_adapter
+from .base import add_bias, is_quantised, load_base, load_skeleton, offloaded, replace_parameter
 from .calibration import read_calibration
 from .coordinates import core_basis, to_core, weight_basis
 from .data import TokenSequence
@@ -53,6 +51,7 @@ class Problem:
         config: The checked configuration.
 
     Attributes:
+        skeleton: The base model on the meta device: its modules and shapes.
         remarks: What the user should know; printed in the report.
         generated: "harm" or "benign" -> sequences whose answers were generated, once `calibration` was asked for.
         folder: Where statistics are kept, once they were asked for and `fisher_dir` was found to fit.
@@ -66,11 +65,10 @@ class Problem:
         self.utility = _read(config.utility.model, config.utility.weight, config.device)
         self.safety = _read(config.safety.model, config.safety.weight, config.device)
         check_compatible([self.utility, self.safety])
-        skeleton = self._from_pretrained(on_meta=True)
+        self.skeleton = load_skeleton(config)
         for adapter in (self.utility, self.safety):
-            check_fits(adapter, skeleton)
-        self.parameter_count = sum(p.numel() for p in skeleton.parameters())
-        self.model_config = skeleton.config.get_text_config()
+            check_fits(adapter, self.skeleton)
+        self.model_config = self.skeleton.config.get_text_config()
         self.dtype_name = (
             str(self.model_config.dtype or "float32").removeprefix("torch.") if config.dtype == "auto" else config.dtype
         )
@@ -82,6 +80,8 @@ class Problem:
         ]
         self.generated: dict[str, list[TokenSequence]] = {}
         self.folder: FisherFolder | None = None
+        if config.quantization or is_quantised(self.skeleton):
+            self.remarks.append("the base is quantised: its Fishers are those of the quantised model")
         self._curvature: dict[tuple, Curvature] = {}
 
     def updates(self, name: str) -> tuple[LowRank, LowRank]:
@@ -118,41 +118,22 @@ class Problem:
     @cached_property
     def model(self) -> nn.Module:
         """The base model θ_0 in eval mode, with what the adapters carry besides low-rank updates put in place."""
-        model = self._from_pretrained(on_meta=False)
+        model = load_base(self.config, self.skeleton, getattr(torch, self.dtype_name))
+        if names := offloaded(model):
+            self.remarks.append(
+                f"device_map: {len(names)} parameters are offloaded; a backward pass needs their weights on the device "
+                "all the same, so this saves little memory"
+            )
         for name, value in self.saved.items():
-            _replace(model, name, value)
+            replace_parameter(model, name, value)
         for name, bias in self.utility.biases.items():
-            module = model.get_submodule(name)
-            start = torch.zeros(len(bias), dtype=module.weight.dtype) if module.bias is None else module.bias.detach()
-            module.bias = nn.Parameter((start.to(bias) + bias).to(start.dtype).to(module.weight.device))
+            add_bias(model, name, bias)
         return model.eval()
 
     @property
     def saved(self) -> dict[str, Tensor]:
         """Whole parameters that one of the adapters carries (modules_to_save)."""
         return {**self.utility.saved, **self.safety.saved}
-
-    def _from_pretrained(self, on_meta: bool) -> nn.Module:
-        """The base model, or a skeleton of it on the meta device that holds shapes alone."""
-        c = self.config
-        options = {"trust_remote_code": c.trust_remote_code, "local_files_only": not c.download}
-        transformers_logging.disable_progress_bar()
-        try:
-            if on_meta:
-                with torch.device("meta"):
-                    return AutoModelForCausalLM.from_config(
-                        AutoConfig.from_pretrained(c.base_model, **options),
-                        trust_remote_code=c.trust_remote_code,
-                    )
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                c.base_model, dtype=c.dtype, use_safetensors=True, output_loading_info=True, **options
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            hint = "give a folder with safetensors, or a name in the local cache; `download: true` lets it be fetched"
-            raise ValueError(f"base_model: {c.base_model!r} could not be loaded ({hint}): {error}") from None
-        if loading["missing_keys"]:
-            raise ValueError(f"base_model: {c.base_model!r} lacks the weights {sorted(loading['missing_keys'])}")
-        return model.to(c.device)
 
     @cached_property
     def calibration(self) -> dict[str, tuple[list[TokenSequence], list[TokenSequence]]]:

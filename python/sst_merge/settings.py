@@ -274,10 +274,18 @@ class Output:
     Attributes:
         rank: Rank of every module; null is exact, as large as it needs to be.
         dtype: Of the stored factors.
+        merge_into_base: Write a full checkpoint, the base with the merge added, instead of an adapter; it keeps the
+            base's dtypes.
     """
 
     rank: int | None = None
     dtype: str = "float32"
+    merge_into_base: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a rank of what has none."""
+        if self.merge_into_base and self.rank is not None:
+            raise ValueError(f"output.rank: a checkpoint of the base has no rank, got {self.rank}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -293,7 +301,10 @@ class Config:
         calibration: Data, for the methods that collect Fishers.
         output: How to write.
         dtype: In which the model runs; "auto" is the checkpoint's own.
-        device: Torch device.
+        quantization: Load the base by bitsandbytes in "8bit" (LLM.int8) or "4bit" (NF4 with double quantisation, as
+            QLoRA); null loads it as it is stored, quantised or not.
+        device: Torch device of the merge's own computations, and of the model unless `device_map` spreads it.
+        device_map: Of the model, by accelerate: "auto", "balanced", "sequential", or {module: device}.
         trust_remote_code: Run code that comes with the base model.
         download: Let the model library reach the network for `base_model`.
         fisher_dir: Folder of statistics: used if they are there, gone on with if they are there in part, else written.
@@ -308,7 +319,9 @@ class Config:
     calibration: Calibration | None = None
     output: Output = field(default_factory=Output)
     dtype: str = "auto"
+    quantization: str | None = None
     device: str = "cpu"
+    device_map: str | dict | None = None
     trust_remote_code: bool = False
     download: bool = False
     fisher_dir: str | None = None

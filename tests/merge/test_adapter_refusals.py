@@ -112,7 +112,11 @@ def put(key: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], object]:
         (lambda t: t.clear(), "holds no LoRA weights"),
         (
             lambda t: [put(f"{Q0}.lora_{x}.weight", 4, 4, 3, 3)(t) for x in "AB"],
-            "LoRA of a convolution",
+            r"or a convolution's \(4, c_in, k…\) and \(d_out, 4, 1…\)",
+        ),
+        (
+            lambda t: [put(f"{Q0}.lora_{x}.weight", 4, 4, 1, 1, 1)(t) for x in "AB"],
+            "q_proj: LoRA of a Conv3d.*train without that module",
         ),
         (
             lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}),

@@ -10,6 +10,8 @@ from itertools import combinations
 import torch
 from torch import nn
 
+from sst_kernels.rows import CONVOLUTIONS, convolution_fault
+
 from .read import Adapter
 
 
@@ -106,12 +108,18 @@ def check_fits(adapter: Adapter, model: nn.Module) -> None:
     for name, update in adapter.updates.items():
         if name not in modules:
             raise ValueError(f"adapter {adapter.path}: {_missing(name, modules)}")
-        kind = "embedding" if name in adapter.embeddings else "linear layer"
+        kind = adapter.kind(name)
+        wanted = kind, (update.shape[0], *adapter.kernels.get(name, update.shape[1:]))
         found = _kind_and_shape(modules[name])
-        if found != (kind, update.shape):
+        if isinstance(modules[name], CONVOLUTIONS) and (fault := _convolution_fault(modules[name])):
             raise ValueError(
-                f"adapter {adapter.path}: {name} must be a {kind} with (d_out, d_in) = "
-                f"{update.shape}, the base model has {_describe(modules[name], found)}; "
+                f"adapter {adapter.path}: {name} is a convolution whose LoRA PEFT does not compute as a change of "
+                f"its weight ({fault}); train without that module"
+            )
+        if found != wanted:
+            raise ValueError(
+                f"adapter {adapter.path}: {name} must be {_ARTICLE[kind]} with {_AXES[kind]} = "
+                f"{wanted[1]}, the base model has {_describe(modules[name], found)}; "
                 "name the base model that the adapter was trained on"
             )
     parameters = model.state_dict(keep_vars=True)
@@ -126,25 +134,38 @@ def check_fits(adapter: Adapter, model: nn.Module) -> None:
             )
 
 
-def _kind_and_shape(module: nn.Module) -> tuple[str, tuple[int, int]] | None:
-    """Kind and (d_out, d_in) of a linear map; None for anything else."""
+_ARTICLE = {"linear": "a linear layer", "embedding": "an embedding", "convolution": "a convolution"}
+_AXES = {"linear": "(d_out, d_in)", "embedding": "(d_out, d_in)", "convolution": "(d_out, c_in, k…)"}
+
+
+def _convolution_fault(layer: nn.Module) -> str | None:
+    """What of a convolution PEFT's lora_A, made of its kernel size, stride and padding, does not repeat."""
+    if any(step != 1 for step in layer.dilation):
+        return f"dilation={layer.dilation}"
+    return convolution_fault(layer)
+
+
+def _kind_and_shape(module: nn.Module) -> tuple[str, tuple[int, ...]] | None:
+    """Kind and (d_out, d_in) of a linear map, (d_out, c_in, k…) of a convolution's; None for anything else."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Embedding):
         return "embedding", (module.embedding_dim, module.num_embeddings)
+    if isinstance(module, CONVOLUTIONS):
+        return "convolution", tuple(module.weight.shape)
     if isinstance(module, Conv1D):
-        return "linear layer", (module.weight.shape[1], module.weight.shape[0])
+        return "linear", (module.weight.shape[1], module.weight.shape[0])
     # Quantised layers (bitsandbytes, GPTQ, AWQ, …) pack their weight but keep these two.
     shape = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if all(isinstance(size, int) for size in shape):
-        return "linear layer", shape
+        return "linear", shape
     return None
 
 
-def _describe(module: nn.Module, found: tuple[str, tuple[int, int]] | None) -> str:
+def _describe(module: nn.Module, found: tuple[str, tuple[int, ...]] | None) -> str:
     """What the model has, in words."""
     name = type(module).__name__
-    return f"a {name} with (d_out, d_in) = {found[1]}" if found else f"a {name}"
+    return f"a {name} with {_AXES[found[0]]} = {found[1]}" if found else f"a {name}"
 
 
 def _missing(name: str, present: dict[str, object]) -> str:

@@ -59,7 +59,7 @@ def _module(adapter: Adapter, name: str) -> dict[str, Any]:
     sigma = update.singular_values()
     return {
         "module": name,
-        "kind": "embedding" if name in adapter.embeddings else "linear",
+        "kind": adapter.kind(name),
         "shape": list(update.shape),
         "rank": update.rank,
         "numerical_rank": int((sigma > RANK_TOLERANCE * sigma[:1]).sum()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Adapter:
         saved: Whole parameters (modules_to_save, resized or wrapped embeddings) by name in the base
             model, dtype as stored.
         config: adapter_config.json as stored.
+        kernels: (c_in, k…) of the modules of `updates` that are convolutions; their d_in is the product, patches in
+            the order of `weight.flatten(1)`.
     """
 
     path: Path
@@ -50,6 +52,13 @@ class Adapter:
     biases: dict[str, Tensor]
     saved: dict[str, Tensor]
     config: dict[str, Any]
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def kind(self, module: str) -> str:
+        """What `module`, one of `updates`, is in the base model: "linear", "embedding" or "convolution"."""
+        if module in self.embeddings:
+            return "embedding"
+        return "convolution" if module in self.kernels else "linear"
 
 
 def read_adapter(
@@ -79,14 +88,16 @@ def read_adapter(
         raise ValueError(f"{folder / CONFIG_NAME}: " + "; ".join(reasons))
     file = folder / WEIGHTS_NAME
     factors, saved = _sort_keys(file, _load(file, str(device)), config)
-    updates, embeddings, biases = {}, set(), {}
+    updates, embeddings, biases, kernels = {}, set(), {}, {}
     for module in sorted(factors):
         parts = factors[module]
         rank, scale = rank_and_scale(config, module)
         _check_parts(f"{file}: {module}", parts, rank, bool(config.get("lora_bias")))
         names = _LINEAR if parts.keys() >= _LINEAR else _EMBEDDING
         down, up = (parts[name].to(dtype) for name in sorted(names))
-        updates[module] = LowRank(up * scale, down)
+        if down.ndim > 2:
+            kernels[module] = tuple(down.shape[1:])
+        updates[module] = LowRank(up.flatten(1) * scale, down.flatten(1))
         if names is _EMBEDDING:
             embeddings.add(module)
         if "lora_B.bias" in parts:
@@ -100,6 +111,7 @@ def read_adapter(
         biases=biases,
         saved=saved,
         config=config,
+        kernels=kernels,
     )
 
 
@@ -175,12 +187,20 @@ def _check_parts(where: str, parts: dict[str, Tensor], rank: int, with_bias: boo
         )
     down, up = (parts[name] for name in sorted(names))
     shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-    if down.ndim in (3, 4) and down.ndim == up.ndim:
-        raise ValueError(f"{where}: LoRA of a convolution, {shapes}, cannot be merged yet")
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != rank or up.shape[1] != rank:
+    if down.ndim == up.ndim == 5:
+        raise ValueError(f"{where}: LoRA of a Conv3d, {shapes}, cannot be merged; train without that module")
+    if down.ndim in (3, 4) and down.shape[0] == rank and up.shape[1] in range(1, rank) and rank % up.shape[1] == 0:
+        groups = rank // up.shape[1]
+        raise ValueError(
+            f"{where}: LoRA of a convolution of {groups} groups, {shapes}, cannot be merged; train without that module"
+        )
+    convolution = names == _LINEAR and down.ndim in (3, 4) and up.shape[2:] == (1,) * (down.ndim - 2)
+    chained = down.ndim == up.ndim and down.shape[0] == rank and up.shape[1:2] == (rank,)
+    if not chained or not (down.ndim == 2 or convolution):
         raise ValueError(
             f"{where}: lora_A and lora_B must be ({rank}, d_in) and (d_out, {rank}), as r and "
-            f"rank_pattern say, got {shapes}; restore the file or its adapter_config.json"
+            f"rank_pattern say, or a convolution's ({rank}, c_in, k…) and (d_out, {rank}, 1…), got {shapes}; "
+            "restore the file or its adapter_config.json"
         )
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"{where}: expected floating point, got {down.dtype} and {up.dtype}")

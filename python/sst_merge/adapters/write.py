@@ -60,7 +60,7 @@ def write_files(
         folder: Existing folder; files of these names are replaced.
         updates: ΔW by module name in the base model, one at least.
         sources: The adapters that were merged, one at least: they say what the base model is, which
-            modules are embeddings, and how whole parameters are stored.
+            modules are embeddings or convolutions, and how whole parameters are stored.
         biases: Additions to outputs by module name, (d_out,), of modules in `updates`; PEFT then
             wants one for every module, so the others get zeros.
         saved: Whole parameters by name in the base model, stored in their own dtype.
@@ -76,8 +76,10 @@ def write_files(
             f"{len(sources)}; PEFT cannot load an adapter without modules"
         )
     embeddings = frozenset().union(*(source.embeddings for source in sources))
+    kernels = {module: kernel for source in sources for module, kernel in source.kernels.items()}
     _check_biases(biases, updates, embeddings)
-    tensors = {key: _stored(key, tensor, dtype) for key, tensor in _factors(updates, biases, embeddings).items()}
+    factors = _factors(updates, biases, embeddings, kernels)
+    tensors = {key: _stored(key, tensor, dtype) for key, tensor in factors.items()}
     for name, tensor in saved.items():
         module, _, leaf = name.rpartition(".")
         key = f"{module}.base_layer.{leaf}" if module in updates else name
@@ -90,7 +92,10 @@ def write_files(
 
 
 def _factors(
-    updates: Mapping[str, LowRank], biases: Mapping[str, Tensor], embeddings: frozenset[str]
+    updates: Mapping[str, LowRank],
+    biases: Mapping[str, Tensor],
+    embeddings: frozenset[str],
+    kernels: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Tensor]:
     """lora_A, lora_B and, if there are biases, lora_B.bias of every module by PEFT's keys."""
     tensors = {}
@@ -99,7 +104,9 @@ def _factors(
         if module in embeddings:
             parts = {"lora_embedding_A": update.down, "lora_embedding_B": update.up}
         else:
-            parts = {"lora_A.weight": update.down, "lora_B.weight": update.up}
+            kernel = kernels.get(module, update.down.shape[1:])  # of a convolution PEFT keeps the axes
+            up = update.up.reshape(*update.up.shape, *(1 for _ in kernel[1:]))
+            parts = {"lora_A.weight": update.down.reshape(update.rank, *kernel), "lora_B.weight": up}
         if biases:
             parts["lora_B.bias"] = biases.get(module, torch.zeros(update.shape[0]))
         tensors |= {f"{PREFIX}{module}.{part}": tensor for part, tensor in parts.items()}
