@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 OUTPUT_MARK = "sst_config.yaml"
 """A folder that holds this file is a merge's output; `overwrite` replaces no other kind."""
@@ -126,3 +130,20 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with replace_file(path) as fresh:
         fresh.write_bytes(text.encode())
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file.
+
+    Args:
+        path: The file.
+        tensors: Contiguous, none sharing memory with another.
+        metadata: Of the file's header.
+
+    Raises:
+        OSError: It could not be written: the disk is full, or the folder gone.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}); make room, or name another folder") from None

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .atomic import save_tensors
 from .base import is_quantised
 from .problem import Problem
 
@@ -130,7 +130,7 @@ class Checkpoint:
                     tensors[target], error = self._merged(name, file.get_tensor(source), delta, biases)
                     worst = max(worst, error)
                     added += 0 if target in self.shards else tensors[target].nbytes
-                save_file(tensors, folder / shard, metadata=file.metadata() or {"format": "pt"})
+                save_tensors(folder / shard, tensors, file.metadata() or {"format": "pt"})
         self._write_index(folder, added)
         return worst
 

@@ -126,7 +126,7 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool) -> MergeResu
         started = time.perf_counter()
         problem = Problem(config)
         checkpoint = Checkpoint(problem) if config.output.merge_into_base else None
-        tuning = tune(problem) if config.tune else None
+        tuning = tune(problem, config.parameters) if config.tune else None
         if tuning is not None:
             problem.config = config = replace(config, parameters=tuning.parameters)
         plan = METHODS[config.merge_method](problem, config.parameters)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from . import atomic
 from .data import TokenSequence
@@ -171,10 +170,7 @@ class FisherFolder:
         tensors = {key: tensor.contiguous() for key, tensor in sums.tensors().items()}
         self._begin()
         with atomic.replace_file(self._file(part)) as fresh:
-            try:
-                save_file(tensors, fresh, metadata={"sst_merge": json.dumps(metadata)})
-            except SafetensorError as error:
-                raise OSError(f"Fisher folder: {self._file(part)} could not be written: {error}") from None
+            atomic.save_tensors(fresh, tensors, {"sst_merge": json.dumps(metadata)})
 
     def _begin(self) -> None:
         """Make the folder at the first save."""

@@ -58,11 +58,12 @@ class Tuning:
         return {"rule": rule, "chosen": self.chosen, "candidates": self.candidates}
 
 
-def tune(problem: Problem) -> Tuning:
+def tune(problem: Problem, parameters: SstParameters) -> Tuning:
     """Search for the least J.
 
     Args:
-        problem: Its configuration's parameters are where the search begins.
+        problem: Model, adapters and data.
+        parameters: Where the search begins; the rule of selection, points, patch and scope stay as they are.
 
     Returns:
         What was found.
@@ -71,7 +72,7 @@ def tune(problem: Problem) -> Tuning:
     passes over the held-out sequences.
     """
     search = _Search(problem)
-    best = replace(problem.config.parameters, alpha=1.0)
+    best = replace(parameters, alpha=1.0)
     search.best(best)
     for _ in range(_ROUNDS):
         before = best

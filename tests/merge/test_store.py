@@ -24,7 +24,8 @@ from sst_merge.store import PARTS, FisherFolder
 
 def write_config(setup, path: Path, **changes) -> str:
     config = setup.config("sst", **changes.pop("parameters", {}))
-    config["calibration"] = {**config["calibration"], **changes.pop("calibration", {})}
+    calibration = changes.pop("calibration", {})
+    config["calibration"] = None if calibration is None else {**config["calibration"], **calibration}
     path.write_text(yaml.safe_dump({**config, **changes}))
     return str(path)
 
@@ -217,6 +218,16 @@ def limit_files(size: int) -> None:
     """No file may grow beyond `size`: to a writer the same as a disk that is full."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--merge-into-base"]])
+def test_a_full_disk_leaves_no_output(setup, tmp_path, arguments):
+    config = write_config(setup, tmp_path / "config.yaml", merge_method="task_arithmetic", calibration=None)
+    before = {p.name for p in tmp_path.iterdir()}
+    command = [sys.executable, "-m", "sst_merge.cli", "merge", config, "--out", str(tmp_path / "out"), *arguments]
+    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: limit_files(4000))
+    assert full.returncode == 2 and "could not be written" in full.stderr, full.stderr
+    assert "Traceback" not in full.stderr and {p.name for p in tmp_path.iterdir()} == before
 
 
 def test_a_full_disk_loses_nothing(setup, tmp_path):

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import replace_dir
+from ..atomic import replace_dir, save_tensors
 from .lowrank import LowRank
 from .peft_config import CONFIG_NAME, module_to_save
 from .read import PREFIX, WEIGHTS_NAME, Adapter
@@ -87,7 +86,7 @@ def write_files(
     config = _config(updates, sources, saved)
     if biases:
         config["lora_bias"] = True
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -17,6 +17,7 @@ from ..config import load_config
 from ..methods import METHODS
 from ..problem import Problem
 from ..settings import AVERAGES
+from ..tune import tune
 
 REFUSAL_WANTED = 0.9
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
@@ -48,6 +49,12 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "SST exact, soft, mu 0.1": ("sst", {"select": "soft", "mu": 0.1}),
 }
 """Label -> method and the parameters that differ from the defaults."""
+
+TUNED: dict[str, dict[str, Any]] = {
+    "SST exact, tuned": {},
+    "SST exact, soft, tuned": {"select": "soft"},
+}
+"""Label -> parameters of SST before `tune` chooses ε, shrinkage, k or μ, and α: one strength, not a sweep's best."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,31 @@ def sweep(
                 continue
             with merged_weights(problem, {name: plan.dense(problem, name, alpha) for name in problem.names}) as model:
                 rows.append(Measured(label, alpha, **measure(model)))
+    return rows
+
+
+def tuned(
+    config: Mapping[str, Any],
+    measure: Callable[[nn.Module], Mapping[str, float]],
+    runs: Mapping[str, dict[str, Any]] = TUNED,
+) -> list[Measured]:
+    """Merge as `tune` chooses on the held-out calibration sequences, and measure each merged model.
+
+    Args:
+        config: As for `sweep`.
+        measure: As for `sweep`.
+        runs: Label -> parameters that differ from the defaults.
+
+    Returns:
+        A row for every label.
+    """
+    problem = Problem(load_config({**config, "merge_method": "sst"}))
+    rows = []
+    for label, parameters in runs.items():
+        found = tune(problem, load_config({**config, "merge_method": "sst", "parameters": parameters}).parameters)
+        plan, alpha = METHODS["sst"](problem, found.parameters), found.parameters.alpha
+        with merged_weights(problem, {name: plan.dense(problem, name, alpha) for name in problem.names}) as model:
+            rows.append(Measured(label, alpha, **measure(model)))
     return rows
 
 

@@ -28,7 +28,7 @@ from .. import atomic
 from ..merging import merge
 from ..rendering import markdown_table
 from .evaluate import evaluate
-from .frontier import ALPHAS, RUNS, Measured, draw_frontier, measure_alone, summarise, sweep
+from .frontier import ALPHAS, RUNS, TUNED, Measured, draw_frontier, measure_alone, summarise, sweep, tuned
 from .train import DemoModels, train_models
 from .world import World, make_world, write_jsonl
 
@@ -120,7 +120,7 @@ def _measured(
     def measure(model: nn.Module) -> dict[str, float]:
         return evaluate(model, tokenizer, world).as_row()
 
-    alone, rows = measure_alone(config, measure), sweep(config, measure)
+    alone, rows = measure_alone(config, measure), sweep(config, measure) + tuned(config, measure)
     tree = {"fingerprint": fingerprint, "alone": [asdict(r) for r in alone], "rows": [asdict(r) for r in rows]}
     atomic.write_text(path, json.dumps(tree, indent=1) + "\n")
     return alone, rows
@@ -128,7 +128,7 @@ def _measured(
 
 def _fingerprint(models: DemoModels) -> str:
     """Hash of the models, the sweep, and every Python file of both packages."""
-    digest = hashlib.sha256(json.dumps([RUNS, ALPHAS, torch.__version__]).encode())
+    digest = hashlib.sha256(json.dumps([RUNS, ALPHAS, TUNED, torch.__version__]).encode())
     packages = [Path(__file__).parents[1], Path(sst_kernels.__file__).parent]
     sources = sorted(path for package in packages for path in package.rglob("*.py"))
     weights = [next(folder.glob("*.safetensors")) for folder in asdict(models).values()]
@@ -148,7 +148,8 @@ def _report(tables: Sequence[list[dict[str, Any]]]) -> str:
         f"# Demo: {len(tables)} seed{'s' * (len(tables) > 1)}\n\n"
         "Held-out shares. Per method the strength with the best score (geometric mean of refusal, 1 − over-refusal and "
         "both utilities), and the most utility among strengths that refuse 90% of forbidden requests (in brackets: in "
-        "how many seeds there is one, if not in all).\n\n"
+        'how many seeds there is one, if not in all). Methods named "tuned" have one strength, chosen like their other '
+        "settings on held-out calibration data; all others take their best on the prompts they are measured on.\n\n"
     )
     return head + "\n".join(markdown_table(rows)) + "\n"
 
