@@ -87,14 +87,14 @@ def test_fishers_of_a_quantised_base_are_those_of_its_weights(wide, tmp_path, lo
     with torch.no_grad():  # after which weights repacked for inference would pass no gradient on
         problem.model(torch.ones(1, 4, dtype=torch.int64))
     statistics = problem.curvature(problem.config.parameters).statistics
-    for name in statistics.harm.second:
+    for name in statistics.harm.first:
         error = float((statistics.harm.fisher(name) - expected[name]).norm() / expected[name].norm())
         assert error < tolerance, (name, error)
-    trace = sum(float(expected[name].trace()) for name in statistics.harm.second)
+    trace = sum(float(expected[name].trace()) for name in statistics.harm.first)
     assert report["fisher_trace"]["harm"] == pytest.approx(trace, rel=tolerance)
     # far from those of the base in full precision
     plain = merge({**wide.config("sst", where="local")}).plan.curvature.statistics.harm
-    moved = [float((plain.fisher(n) - expected[n]).norm() / expected[n].norm()) for n in plain.second]
+    moved = [float((plain.fisher(n) - expected[n]).norm() / expected[n].norm()) for n in plain.first]
     assert bits == "8bit" or min(moved) > 10 * tolerance
     stored = sum(p.numel() * p.element_size() for p in problem.model.parameters())
     assert model_bytes(problem.config, problem.skeleton, torch.float32) == stored

@@ -21,7 +21,7 @@ from sst_kernels.collect import CoreBasis
 from sst_kernels.labels import counter_uniform
 from sst_merge.cli import main
 from sst_merge.data import TokenSequence
-from sst_merge.fisher import CollectionSettings, Collector
+from sst_merge.fisher import CollectionSettings, Collector, Part
 from sst_merge.packing import batches, check_packing
 
 VOCABULARY = 13
@@ -112,7 +112,7 @@ def test_packed_fishers_are_those_of_each_sequence_alone(kind, sampled):
     for batch_size, row_length in ((2, 11), (1, 40), (3, None)):
         settings = CollectionSettings(batch_size=batch_size, row_length=row_length, seed=5)
         with Collector(model, bases, origin, patch, settings) as collector:
-            sums = collector.collect(sequences, sampled=sampled, points={0.5: 1.0}, title="test")
+            sums = collector.collect(Part("test", sequences, sampled, {0.5: 1.0}, "exact"))
         assert sums.count == len(sequences)
         for name in bases:
             torch.testing.assert_close(sums.fisher(name), expected[name], rtol=1e-5, atol=1e-7)
