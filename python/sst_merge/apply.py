@@ -7,7 +7,6 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from torch import nn
 
 from .adapters import Adapter, assemble, peft_state
 from .adapters.peft_config import refusals
-from .config import load_config
+from .config import sst_config
 from .merging import MergeResult, merge, merge_biases
 from .problem import Live
-from .settings import Calibration
 
 Examples = str | Path | Sequence[Mapping[str, Any] | Sequence[Mapping[str, str]]]
 """A JSONL file, or its records; a record may also be a bare list of chat messages."""
@@ -66,21 +64,16 @@ def apply_sst(
     device = next(base.parameters()).device
     adapters = {role: _read_live(peft_model, key, device) for role, key in (("utility", utility), ("safety", safety))}
     with tempfile.TemporaryDirectory() as folder:
-        tree = {
-            "base_model": base.config.name_or_path or "the model in memory",
-            "models": [{"model": f"adapter {adapters[role].path} in memory", "role": role} for role in adapters],
-            "merge_method": "sst",
-            "device": str(device),
-            "calibration": {
+        config = sst_config(
+            base.config.name_or_path or "the model in memory",
+            [{"model": f"adapter {adapter.path} in memory", "role": role} for role, adapter in adapters.items()],
+            {
+                **settings,
                 "harm": _as_file(Path(folder, "harm.jsonl"), harm),
                 "benign": _as_file(Path(folder, "benign.jsonl"), benign),
-                **{f.name: settings.pop(f.name) for f in fields(Calibration) if f.name in settings},
             },
-            "parameters": settings,
-        }
-        config = load_config(tree)
-        if len(config.alphas) > 1:
-            raise ValueError(f"alpha: one adapter has one strength, got {list(config.alphas)}; give one number")
+            device=str(device),
+        )
         with _base_alone(base), torch.enable_grad():
             result = merge(config, live=Live(**adapters, model=base, tokenizer=tokenizer))
     _add_adapter(peft_model, result, name)

@@ -184,7 +184,7 @@ def test_failure_changes_nothing(setup, model):
         ({"name": "refuses"}, "already"),
         ({"name": "sst.v2"}, "without a point"),
         ({"name": "lora"}, "no part of 'lora_'"),
-        ({"alpha": [0.5, 1.0]}, "give one number"),
+        ({"alpha": [0.5, 1.0]}, "alpha: expected one strength"),
         ({"dampng": 1.0}, "did you mean 'damping'"),
         ({"harm": []}, "holds no example"),
         ({"benign": [{"promt": "w1"}]}, "line 1"),
