@@ -91,6 +91,8 @@ def _parse(arguments: list[str]) -> click.Context:
         return mergekit_yaml.make_context("sst-merge mergekit", arguments)
     except click.ClickException as error:
         raise ValueError(f"mergekit-yaml: {error.format_message()}") from None
+    except click.exceptions.Exit as done:  # after --help
+        raise SystemExit(done.exit_code) from None
 
 
 def _translate(file: str, options: dict[str, Any]) -> Config:

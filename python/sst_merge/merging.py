@@ -18,6 +18,7 @@ from .adapters import LowRank, write_files
 from .atomic import replace_dir
 from .calibration import write_generated
 from .checkpoint import Checkpoint
+from .card import write_cards
 from .config import load_config
 from .held_out import compare, measure
 from .methods import METHODS, Plan
@@ -150,6 +151,7 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool, live: Live |
         if folder is not None:
             write_report(folder, report, config)
             write_generated(folder, problem)
+            write_cards(folder, report, config)
     return MergeResult(problem, plan, report, None if out is None else Path(out))
 
 

@@ -93,6 +93,10 @@ def test_the_adapter_is_that_of_the_command_and_the_model_stays_as_it_was(setup,
         utility = model(input_ids).logits
     assert torch.equal(logits, expected)
     assert not torch.allclose(logits, utility, atol=1e-3)  # the patch is there
+    read = {name: update.dense() for name, update in result.problem.utility.updates.items()}
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(update.dense(), read[name]) for name, update in result.problem.utility.updates.items())
     ranks = {m.r["sst"] for m in model.modules() if hasattr(m, "r") and "sst" in m.r}
     assert ranks == {m.r["default"] for m in reference.modules() if hasattr(m, "r")}
 

@@ -199,6 +199,9 @@ def test_mistakes_are_named_before_anything_is_loaded(setup, tmp_path, capsys, m
 def test_an_option_that_mergekit_does_not_have(setup, tmp_path, capsys):
     assert run(mergekit_config(setup), tmp_path / "out", "--lo-cpu") == 2
     assert "No such option '--lo-cpu'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as done:
+        run(mergekit_config(setup), tmp_path / "out", "--help")
+    assert done.value.code == 0 and "--out-shard-size" in capsys.readouterr().out
 
 
 def test_a_full_folder_is_not_written_to(setup, tmp_path, capsys):
