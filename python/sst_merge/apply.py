@@ -59,7 +59,7 @@ def apply_sst(
     Raises:
         ValueError: A name, a setting or an adapter does not allow it.
     """
-    _check_names(peft_model, utility, safety, name)
+    _check_model(peft_model, utility, safety, name)
     base = peft_model.get_base_model()
     device = next(base.parameters()).device
     adapters = {role: _read_live(peft_model, key, device) for role, key in (("utility", utility), ("safety", safety))}
@@ -80,8 +80,8 @@ def apply_sst(
     return result
 
 
-def _check_names(model: PeftModel, utility: str, safety: str, name: str) -> None:
-    """ValueError unless the model has both adapters, unmerged, and can take one called `name`."""
+def _check_model(model: PeftModel, utility: str, safety: str, name: str) -> None:
+    """ValueError unless the model has both adapters, unmerged, passes gradients and can take an adapter `name`."""
     if not isinstance(model, PeftModel):
         raise ValueError(f"peft_model: expected a PeftModel with both adapters loaded, got {type(model).__name__}")
     for role, key in (("utility", utility), ("safety", safety)):
@@ -97,6 +97,12 @@ def _check_names(model: PeftModel, utility: str, safety: str, name: str) -> None
         raise ValueError(f"name: expected a name without a point that is no part of 'lora_', got {name!r}")
     if any(layer.merged for layer in model.modules() if isinstance(layer, LoraLayer)):
         raise ValueError("peft_model: an adapter is merged into the base weights; call unmerge_adapter() first")
+    for key, parameter in model.named_parameters():
+        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"peft_model: {key} was repacked by bitsandbytes for inference on the CPU, and passes no gradient any "
+                "more; load the model again, and call apply_sst before it is used in eval mode"
+            )
 
 
 def _read_live(model: PeftModel, name: str, device: torch.device) -> Adapter:

@@ -1,4 +1,4 @@
-"""The model card of a merged adapter: README.md with the front matter that PEFT writes, so that PEFT and hubs read it."""
+"""The model card of a merged adapter: README.md with the front matter that PEFT writes, for PEFT and hubs to read."""
 
 from __future__ import annotations
 

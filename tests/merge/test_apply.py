@@ -139,7 +139,9 @@ def test_embeddings_whole_parameters_and_biases_come_along(setup, make_adapter, 
 def test_a_quantised_base_is_left_alone(setup, make_adapter, tmp_path):
     """The same merge as on a dense base that holds the dequantised weights."""
     base = tmp_path / "base"  # bitsandbytes quantises blocks of 64
-    config = LlamaConfig.from_pretrained(setup.base, hidden_size=64, intermediate_size=128, num_key_value_heads=4)
+    config = LlamaConfig.from_pretrained(
+        setup.base, hidden_size=64, head_dim=16, intermediate_size=128, num_key_value_heads=4
+    )
     LlamaForCausalLM(config).save_pretrained(base)
     AutoTokenizer.from_pretrained(setup.base).save_pretrained(base)
     adapters = [make_adapter(base, seed=seed, r=2, target_modules=["q_proj", "down_proj"])[0] for seed in (1, 2)]
@@ -151,12 +153,16 @@ def test_a_quantised_base_is_left_alone(setup, make_adapter, tmp_path):
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             dense.get_submodule(name).weight.data = dequantize_module_weight(module).data
     updates = []
-    for start in (quantised, dense):
+    for start in (dense, quantised):
         model = PeftModel.from_pretrained(start, adapters[0], adapter_name="helpful")
         model.load_adapter(adapters[1], adapter_name="refuses")
         before = state(model)
         updates.append(apply(model, setup, **SETTINGS).updates(0.7))
         assert_kept(before, state(model))
+    layer = quantised.model.layers[1].mlp.down_proj.base_layer
+    layer.weight.quant_state.packing_format_for_cpu = True  # as after inference on some CPUs
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj.* was repacked by bitsandbytes"):
+        apply(model, setup, name="again")
     for name, update in updates[0].items():
         assert torch.allclose(update.dense(), updates[1][name].dense(), rtol=0, atol=1e-5), name
 
