@@ -54,10 +54,8 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 {versions}
 """
 
-_CURVATURE = (
-    "The Fisher matrices of refusals and of the model's own behaviour were estimated from {sequences}. "
-    "Of the safety patch, what moves refusals most per unit of change elsewhere was kept."
-)
+_CURVATURE = "The Fisher matrices of refusals and of the model's own behaviour were estimated from {sequences}."
+_KEPT = " Of the safety patch, what moves refusals most per unit of change elsewhere was kept."
 _NO_CURVATURE = "No data were used: the method sees the adapters alone."
 _QUADRATIC = "Predictions are those of a quadratic model, which holds for small steps only."
 _UNMEASURED = (
@@ -124,7 +122,7 @@ def _how(report: Mapping[str, Any]) -> str:
     counts = (
         f"{n['found']} {kind} sequences ({n['held_out']} more held out)" for kind, n in report["sequences"].items()
     )
-    return _CURVATURE.format(sequences=" and ".join(counts))
+    return _CURVATURE.format(sequences=" and ".join(counts)) + (_KEPT if "gamma" in report else "")
 
 
 def _settings(alpha: float, config: Config) -> str:

@@ -65,7 +65,10 @@ def test_what_the_card_tells(setup, tmp_path):
     assert str(setup.utility) not in text and str(setup.harm) not in text  # where they lie is nobody's business
 
 
-def test_a_method_without_data_says_so(setup, tmp_path):
+def test_other_methods_say_what_they_used(setup, tmp_path):
+    text = (merge(setup, tmp_path, "diagonal_sst") / "README.md").read_text()
+    assert "9 harm sequences" in text and "was kept" not in text  # that is said of sst alone
+    (tmp_path / "out").rename(tmp_path / "earlier")
     text = (merge(setup, tmp_path, "task_arithmetic") / "README.md").read_text()
     assert "No data were used" in text and "Fisher" not in text and "quadratic" not in text
 
