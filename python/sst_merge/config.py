@@ -134,7 +134,7 @@ def sst_config(base_model: str, models: list[dict[str, Any]], settings: Mapping[
     calibration = {f.name: settings[f.name] for f in fields(Calibration) if f.name in settings}
     parameters = {key: value for key, value in settings.items() if key not in calibration}
     tree = {"base_model": base_model, "models": models, "merge_method": "sst", **top}
-    config = load_config({**tree, "parameters": parameters, "calibration": calibration})
+    config = load_config({**tree, "parameters": parameters, "calibration": calibration or None})
     if len(config.alphas) > 1:
         raise ValueError(f"alpha: expected one strength for the one output, got {list(config.alphas)}")
     return config

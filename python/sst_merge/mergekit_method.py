@@ -13,6 +13,7 @@ dtype: bfloat16
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,8 @@ def run(config: str, out: str, arguments: Sequence[str] = ()) -> MergeResult:
 
     mergekit writes each `base+adapter` out in full before it starts, which needs room for two copies of the base
     beside `out`; `--lora-merge-cache DIR` puts them elsewhere and keeps them. Relative paths, those of calibration
-    files too, are seen from the current folder, as mergekit has it.
+    files too, are seen from the current folder, as mergekit has it. Statistics are kept in the parameter `fisher_dir`,
+    by default `<out>.fisher`, as `merge` keeps them.
 
     Args:
         config: mergekit's YAML file.
@@ -67,7 +69,8 @@ def run(config: str, out: str, arguments: Sequence[str] = ()) -> MergeResult:
         target = Path(scratch, Path(out).resolve().name)
         cache = ["--lora-merge-cache", str(Path(scratch, "adapters"))]
         context = _parse([config, str(target), *cache, *arguments])
-        result = merge(_translate(config, context.params))
+        ours = _translate(config, context.params)
+        result = merge(ours, fisher_dir=ours.fisher_dir or f"{os.path.abspath(out)}.fisher")
         method = _registered()
         method.changes = _Changes(result)
         try:
@@ -123,13 +126,9 @@ def _translate(file: str, options: dict[str, Any]) -> Config:
         role = parameters.pop("role", None)
         models.append({"model": reference.lora.path, "role": role, "parameters": parameters})
     known = MergeOptions(**{key: options[key] for key in MergeOptions.model_fields})
-    return sst_config(
-        given.base_model.model.path,
-        models,
-        given.parameters or {},
-        device=known.device,
-        trust_remote_code=known.trust_remote_code,
-    )
+    settings = dict(given.parameters or {})
+    top = {"fisher_dir": settings.pop("fisher_dir", None), "trust_remote_code": known.trust_remote_code}
+    return sst_config(given.base_model.model.path, models, settings, device=known.device, **top)
 
 
 class _Changes:

@@ -71,7 +71,7 @@ def test_the_command_in_a_process_of_its_own(setup, tmp_path, input_ids):
     command = [sys.executable, "-m", "sst_merge.cli", "mergekit", str(config), str(out), "--out-shard-size", "20K"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == before | {"out"}  # nothing beside it is left
+    assert {path.name for path in tmp_path.iterdir()} == before | {"out", "out.fisher"}  # no scratch is left
     assert_same_model(setup, tmp_path, out, input_ids)
     assert len(list(out.glob("model-*.safetensors"))) > 1  # mergekit's own option was heard
     assert (out / "mergekit_config.yml").read_text() == config.read_text()
@@ -94,6 +94,16 @@ def test_roles_are_marked_and_order_means_nothing(setup, tmp_path):
     )
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert not all(torch.equal(one[name], exchanged[name]) for name in one)
+
+
+def test_statistics_are_kept_and_used_again(setup, tmp_path):
+    config = mergekit_config(setup)
+    assert run(config, tmp_path / "one") == 0
+    kept = {"fisher_dir": str(tmp_path / "one.fisher")}  # in place of calibration
+    assert run({**config, "parameters": SETTINGS | kept}, tmp_path / "again") == 0
+    one, again = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("one", "again"))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not (tmp_path / "again.fisher").exists()
 
 
 def test_dtype_and_the_cache_of_merged_adapters_are_mergekits(setup, tmp_path):
@@ -176,7 +186,7 @@ MISTAKES = {
     "a parameter misspelt": (lambda c, s: spoil(c, dampng=1.0), "did you mean 'damping'"),
     "several strengths": (lambda c, s: spoil(c, alpha=[0.5, 1.0]), "expected one strength"),
     "a filter": (lambda c, s: spoil(c, alpha=[{"filter": "mlp", "value": 1.0}]), "alpha"),
-    "no calibration": (lambda c, s: {**c, "parameters": {}}, "lacks `harm`"),
+    "no calibration": (lambda c, s: {**c, "parameters": {}}, "the files `harm` and `benign`"),
     "a full checkpoint": (
         lambda c, s: with_models(c, c["models"][0], {"model": str(s.base), "parameters": {"role": "safety"}}),
         "mergekit-extract-lora",
