@@ -72,6 +72,8 @@ def write_cards(folder: Path, report: Mapping[str, Any], config: Config) -> None
         config: The configuration that was run.
     """
     for strength in report["strengths"]:
+        if "adapter" not in strength:  # a full checkpoint, which is the base's own kind of folder
+            continue
         home = folder / strength["adapter"]
         stored = json.loads((home / CONFIG_NAME).read_text(encoding="utf-8"))
         base = stored["base_model_name_or_path"] or report["base_model"]

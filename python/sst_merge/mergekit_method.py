@@ -36,10 +36,10 @@ from mergekit.merge_methods.base import GroupMergeMethod
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .atomic import replace_dir
 from .calibration import write_generated
+from .checkpoint import as_stored
 from .config import sst_config
 from .merging import MergeResult, merge, merge_biases
 from .rendering import write_report
@@ -139,14 +139,12 @@ class _Changes:
         self.updates = result.updates(alpha)
         self.biases = merge_biases(problem, result.plan, alpha)
         self.saved = problem.saved
-        layers = {name: problem.model.get_submodule(name) for name in self.updates}
-        # Both store their weight as (d_in, d_out).
-        self.transposed = {name for name, layer in layers.items() if isinstance(layer, (Conv1D, nn.Embedding))}
+        self.layers = {name: problem.skeleton.get_submodule(name) for name in self.updates}
         names = {f"{name}.weight" for name in self.updates} | {f"{name}.bias" for name in self.biases}
         self.names = names | self.saved.keys()
         self.served: set[str] = set()
-        self._refuse_tied(problem.model)
-        del problem.model
+        self._refuse_tied(problem.skeleton)
+        vars(problem).pop("model", None)  # mergekit reads the weights itself
 
     def _refuse_tied(self, model: nn.Module) -> None:
         """ValueError if only one of two tied matrices changes."""
@@ -170,8 +168,7 @@ class _Changes:
         if leaf == "bias":
             change = self.biases.get(module)
         elif module in self.updates:
-            change = self.updates[module].dense()
-            change = (change.mT if module in self.transposed else change).reshape(start.shape)
+            change = as_stored(self.layers[module], self.updates[module].dense()).reshape(start.shape)
         else:
             change = None
         if change is None:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from .adapters import LowRank, write_files
 from .atomic import replace_dir
 from .calibration import write_generated
-from .checkpoint import Checkpoint
 from .card import write_cards
+from .checkpoint import Checkpoint
 from .config import load_config
 from .held_out import compare, measure
 from .methods import METHODS, Plan
