@@ -10,6 +10,7 @@ _HOMES = {
     "LowRank": "adapters",
     "Config": "settings",
     "MergeResult": "merging",
+    "apply_sst": "apply",
     "inspect_adapter": "adapters",
     "load_config": "config",
     "merge": "merging",

@@ -149,7 +149,7 @@ class Checkpoint:
         exact = problem.saved.get(name, stored).to("cpu", stored.dtype).to(_WIDER[stored.dtype])
         change = None
         if leaf == "weight" and owner in problem.names:
-            change = _as_stored(module, delta(owner)).reshape(stored.shape)
+            change = as_stored(module, delta(owner)).reshape(stored.shape)
         elif leaf == "bias" and owner in biases:
             change = biases[owner]
         if change is None:
@@ -224,6 +224,6 @@ def _copy_files(source: Path, folder: Path) -> None:
         shutil.copytree(templates, folder / templates.name)
 
 
-def _as_stored(module: nn.Module, delta: Tensor) -> Tensor:
+def as_stored(module: nn.Module, delta: Tensor) -> Tensor:
     """ΔW, (d_out, d_in), as the module stores its weight; a convolution's is still to be reshaped."""
     return delta.mT if isinstance(module, (nn.Embedding, Conv1D)) else delta

@@ -42,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
+    mergekit = commands.add_parser("mergekit", help="run mergekit-yaml with the method sst; needs sst-merge[mergekit]")
+    mergekit.add_argument("config", help="mergekit's YAML file; see the README for the method's keys")
+    mergekit.add_argument("out", help="folder for the merged checkpoint and the report")
+    mergekit.add_argument("options", nargs=argparse.REMAINDER, help="mergekit-yaml's own options")
+    mergekit.set_defaults(run=_mergekit)
+
     demo = commands.add_parser("demo", help="train a small model, merge by every method, measure, report")
     demo.add_argument("--out", default="demo-out", help="folder for models and report (default: demo-out)")
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds (default: 1)")
@@ -83,6 +89,17 @@ def _inspect(args: argparse.Namespace) -> None:
 
     report = inspect_adapter(args.adapter)
     print(json.dumps(report, indent=2) if args.json else render_inspection(report))
+
+
+def _mergekit(args: argparse.Namespace) -> None:
+    """sst-merge mergekit."""
+    try:
+        from .mergekit_method import run
+    except ImportError as error:
+        raise ValueError(f"mergekit could not be imported; pip install 'sst-merge[mergekit]': {error}") from None
+
+    run(args.config, args.out, args.options)
+    print(f"wrote {args.out} (read {args.out}/report.md)")
 
 
 def _demo(args: argparse.Namespace) -> None:

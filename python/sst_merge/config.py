@@ -116,6 +116,30 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: An
     return _config(tree, folder)
 
 
+def sst_config(base_model: str, models: list[dict[str, Any]], settings: Mapping[str, Any], **top: Any) -> Config:
+    """A configuration of one SST merge whose parameters and calibration are given in one flat mapping.
+
+    Args:
+        base_model: As in the YAML.
+        models: As in the YAML.
+        settings: Fields of `SstParameters` and of `Calibration`; `alpha` is one number.
+        top: Other top-level keys.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: As `load_config`, or several strengths are given.
+    """
+    calibration = {f.name: settings[f.name] for f in fields(Calibration) if f.name in settings}
+    parameters = {key: value for key, value in settings.items() if key not in calibration}
+    tree = {"base_model": base_model, "models": models, "merge_method": "sst", **top}
+    config = load_config({**tree, "parameters": parameters, "calibration": calibration or None})
+    if len(config.alphas) > 1:
+        raise ValueError(f"alpha: expected one strength for the one output, got {list(config.alphas)}")
+    return config
+
+
 def _config(tree: dict[str, Any], folder: Path) -> Config:
     """Config from the top-level mapping."""
     known = {f.name for f in fields(Config)} - set(ROLES) | {"models"}

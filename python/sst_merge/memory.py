@@ -39,6 +39,7 @@ def estimate_memory(
     """
     text = problem.model_config
     width = {"float64": 8, "float32": 4}.get(problem.dtype_name, 2)
+    dtype = getattr(torch, problem.dtype_name)
     calibration = problem.config.calibration
     row_length = calibration.max_length if calibration.packing else None
     rows = [row for parts in problem.calibration.values() for part in parts for row in make_rows(part, row_length)]
@@ -56,7 +57,7 @@ def estimate_memory(
     workspace = min(_WORKSPACE * max(_STACKED, max(n) ** 2), 8 * squares)
     solved = 0 if coordinates == "weight" else 8 * squares + workspace
     return {
-        "model": model_bytes(problem.config, problem.skeleton, getattr(torch, problem.dtype_name)),
+        "model": 0 if problem.live else model_bytes(problem.config, problem.skeleton, dtype),
         "activations": tokens * (17 * width * text.num_hidden_layers * text.hidden_size + 12 * text.vocab_size),
         "gradient rows": sequences * max(n) * 4,
         "Fisher sums": 4 * entries,

@@ -17,11 +17,12 @@ from tqdm import tqdm
 from .adapters import LowRank, write_files
 from .atomic import replace_dir
 from .calibration import write_generated
+from .card import write_cards
 from .checkpoint import Checkpoint
 from .config import load_config
 from .held_out import compare, measure
 from .methods import METHODS, Plan
-from .problem import Problem
+from .problem import Live, Problem
 from .rendering import write_report
 from .report import build_report
 from .settings import Config, FisherParameters
@@ -55,6 +56,7 @@ def merge(
     out: str | Path | None = None,
     overwrite: bool = False,
     merge_into_base: bool = False,
+    live: Live | None = None,
     **overrides: Any,
 ) -> MergeResult:
     """θ = θ_0 + Δ_utility + α·Filter(τ), written as a PEFT adapter, or as a full checkpoint, for every α.
@@ -66,6 +68,7 @@ def merge(
         overwrite: Replace an earlier output. Statistics are kept in `fisher_dir`, by default the folder `<out>.fisher`,
             where the next merge finds them and an interrupted one goes on.
         merge_into_base: Write full checkpoints, whatever the configuration says.
+        live: Adapters and base in memory, taken instead of the configuration's; `apply_sst` gives them.
         overrides: Top-level keys that replace the configuration's, such as `device` and `dtype`.
 
     Returns:
@@ -82,7 +85,7 @@ def merge(
         if config.fisher_dir is None and isinstance(config.parameters, FisherParameters):
             config = replace(config, fisher_dir=f"{os.path.abspath(out)}.fisher")
     with _out_of_memory():
-        return _merge(config, out, overwrite)
+        return _merge(config, out, overwrite, live)
 
 
 def collect(config: str | Path | Mapping[str, Any] | Config, out: str | Path, **overrides: Any) -> Path:
@@ -120,11 +123,11 @@ def _out_of_memory() -> Iterator[None]:
         ) from error
 
 
-def _merge(config: Config, out: str | Path | None, overwrite: bool) -> MergeResult:
+def _merge(config: Config, out: str | Path | None, overwrite: bool, live: Live | None) -> MergeResult:
     """`merge` of a checked configuration."""
     with nullcontext() if out is None else replace_dir(out, overwrite=overwrite) as folder:
         started = time.perf_counter()
-        problem = Problem(config)
+        problem = Problem(config, live)
         checkpoint = Checkpoint(problem) if config.output.merge_into_base else None
         tuning = tune(problem, config.parameters) if config.tune else None
         if tuning is not None:
@@ -148,6 +151,7 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool) -> MergeResu
         if folder is not None:
             write_report(folder, report, config)
             write_generated(folder, problem)
+            write_cards(folder, report, config)
     return MergeResult(problem, plan, report, None if out is None else Path(out))
 
 
@@ -176,7 +180,7 @@ def _write_strength(
         subfolder,
         updates,
         sources=(problem.utility, problem.safety),
-        biases=_biases(problem, plan, alpha),
+        biases=merge_biases(problem, plan, alpha),
         saved=problem.saved,
         dtype=getattr(torch, problem.config.output.dtype),
     )
@@ -187,7 +191,7 @@ def _write_checkpoint(checkpoint: Checkpoint, plan: Plan, alpha: float, folder: 
     """The base with the merge at one α added; what its dtype loses of the merge."""
     problem = checkpoint.problem
     subfolder = _subfolder(problem, alpha, folder)
-    biases = _biases(problem, plan, alpha)
+    biases = merge_biases(problem, plan, alpha)
     error = checkpoint.write(subfolder, lambda name: plan.dense(problem, name, alpha), biases)
     return {
         "alpha": alpha,
@@ -203,7 +207,7 @@ def _subfolder(problem: Problem, alpha: float, folder: Path) -> Path:
     return subfolder
 
 
-def _biases(problem: Problem, plan: Plan, alpha: float) -> dict[str, Tensor]:
+def merge_biases(problem: Problem, plan: Plan, alpha: float) -> dict[str, Tensor]:
     """LoRA biases, merged by the method's formula without curvature; one that an adapter lacks is zero there."""
     utility, safety = problem.utility.biases, problem.safety.biases
     merged = {}

@@ -44,14 +44,32 @@ class Curvature:
     statistics: Statistics
 
 
+@dataclass(frozen=True)
+class Live:
+    """Two adapters and their base model in memory, taken instead of what the configuration's paths hold.
+
+    Attributes:
+        utility: The utility adapter.
+        safety: The safety adapter.
+        model: The base model; put into eval mode, and changed by what the adapters carry besides low-rank updates.
+        tokenizer: The base model's, or None to load it.
+    """
+
+    utility: Adapter
+    safety: Adapter
+    model: nn.Module
+    tokenizer: Any | None = None
+
+
 class Problem:
     """Two adapters on one base model.
 
     Args:
         config: The checked configuration.
+        live: Adapters and base in memory; None reads them from where the configuration says.
 
     Attributes:
-        skeleton: The base model on the meta device: its modules and shapes.
+        skeleton: The base model on the meta device (or the live one): its modules and shapes.
         remarks: What the user should know; printed in the report.
         generated: "harm" or "benign" -> sequences whose answers were generated, once `calibration` was asked for.
         folder: Where statistics are kept, once they were asked for and `fisher_dir` was found to fit.
@@ -60,12 +78,12 @@ class Problem:
         ValueError: An adapter cannot be read, the two do not fit each other, or one does not fit the base.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.utility = _read(config.utility.model, config.utility.weight, config.device)
-        self.safety = _read(config.safety.model, config.safety.weight, config.device)
+    def __init__(self, config: Config, live: Live | None = None) -> None:
+        self.config, self.live = config, live
+        self.utility = live.utility if live else _read(config.utility.model, config.utility.weight, config.device)
+        self.safety = live.safety if live else _read(config.safety.model, config.safety.weight, config.device)
         check_compatible([self.utility, self.safety])
-        self.skeleton = load_skeleton(config)
+        self.skeleton = live.model if live else load_skeleton(config)
         for adapter in (self.utility, self.safety):
             check_fits(adapter, self.skeleton)
         self.model_config = self.skeleton.config.get_text_config()
@@ -104,6 +122,8 @@ class Problem:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer that `calibration.tokenizer` names; ValueError if those of base and adapters disagree."""
+        if self.live and self.live.tokenizer is not None:
+            return self.live.tokenizer
         c = self.config
         chosen = "base" if c.calibration is None else c.calibration.tokenizer
         folders = {role: getattr(c, role).model for role in ROLES}
@@ -118,7 +138,7 @@ class Problem:
     @cached_property
     def model(self) -> nn.Module:
         """The base model θ_0 in eval mode, with what the adapters carry besides low-rank updates put in place."""
-        model = load_base(self.config, self.skeleton, getattr(torch, self.dtype_name))
+        model = self.live.model if self.live else load_base(self.config, self.skeleton, getattr(torch, self.dtype_name))
         if names := offloaded(model):
             self.remarks.append(
                 f"device_map: {len(names)} parameters are offloaded; a backward pass needs their weights on the device "
@@ -128,7 +148,12 @@ class Problem:
             replace_parameter(model, name, value)
         for name, bias in self.utility.biases.items():
             add_bias(model, name, bias)
-        return model.eval()
+        model.eval()
+        for module in model.modules():
+            # Within eval mode bitsandbytes repacks 4-bit weights on some CPUs, and then gives no gradients.
+            if type(module).__name__ == "Linear4bit":
+                module.train()
+        return model
 
     @property
     def saved(self) -> dict[str, Tensor]:

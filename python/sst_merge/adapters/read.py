@@ -87,12 +87,36 @@ def read_adapter(
     if reasons := refusals(config):
         raise ValueError(f"{folder / CONFIG_NAME}: " + "; ".join(reasons))
     file = folder / WEIGHTS_NAME
-    factors, saved = _sort_keys(file, _load(file, str(device)), config)
+    return assemble(folder, file, config, _load(file, str(device)), dtype)
+
+
+def assemble(
+    path: Path, where: Path | str, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
+) -> Adapter:
+    """The adapter of PEFT's settings and tensors: ΔW = scale · lora_B · lora_A for each module.
+
+    Args:
+        path: What `Adapter.path` becomes.
+        where: What errors call the origin of the tensors.
+        config: As `read_config` gives it, without `refusals`.
+        tensors: By PEFT's keys in a file.
+        dtype: As for `read_adapter`.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ValueError: A tensor is misshapen, missing, not finite, or has no place in an adapter that is linear in ΔW.
+    """
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{where}: {key} holds NaN or infinity; save the adapter again")
+    factors, saved = _sort_keys(where, tensors, config)
     updates, embeddings, biases, kernels = {}, set(), {}, {}
     for module in sorted(factors):
         parts = factors[module]
         rank, scale = rank_and_scale(config, module)
-        _check_parts(f"{file}: {module}", parts, rank, bool(config.get("lora_bias")))
+        _check_parts(f"{where}: {module}", parts, rank, bool(config.get("lora_bias")))
         names = _LINEAR if parts.keys() >= _LINEAR else _EMBEDDING
         down, up = (parts[name].to(dtype) for name in sorted(names))
         if down.ndim > 2:
@@ -103,7 +127,7 @@ def read_adapter(
         if "lora_B.bias" in parts:
             biases[module] = parts["lora_B.bias"].to(dtype) * scale
     return Adapter(
-        path=folder,
+        path=path,
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision"),
         updates=updates,
@@ -127,18 +151,13 @@ def _load(file: Path, device: str) -> dict[str, Tensor]:
         raise ValueError(f"{file}: missing; name the folder that PEFT's save_pretrained wrote")
     try:
         with safe_open(file, framework="pt", device=device) as tensors:
-            loaded = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+            return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged or not a safetensors file ({error}); copy or save it again") from None
-    for key, tensor in loaded.items():
-        finite = not tensor.is_floating_point() or torch.isfinite(tensor.float()).all()
-        if not finite:
-            raise ValueError(f"{file}: {key} holds NaN or infinity; save the adapter again")
-    return loaded
 
 
 def _sort_keys(
-    file: Path, tensors: dict[str, Tensor], config: dict[str, Any]
+    where: Path | str, tensors: dict[str, Tensor], config: dict[str, Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Factors (module → part → tensor) and whole parameters; ValueError for other keys, or without factors."""
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -161,9 +180,9 @@ def _sort_keys(
         ):
             saved[f"{module}.{leaf}"] = tensor
         else:
-            raise ValueError(f"{file}: {key} {_why_unknown(key)}")
+            raise ValueError(f"{where}: {key} {_why_unknown(key)}")
     if not factors:
-        raise ValueError(f"{file}: holds no LoRA weights; there is nothing to merge")
+        raise ValueError(f"{where}: holds no LoRA weights; there is nothing to merge")
     return factors, saved
 
 

@@ -49,14 +49,36 @@ def write_files(
     saved: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors: lora_B = up, lora_A = down, scale 1.
+    """Write adapter_config.json and adapter_model.safetensors: what `peft_state` gives.
+
+    Args:
+        folder: Existing folder; files of these names are replaced.
+        updates: As for `peft_state`.
+        sources: As for `peft_state`.
+        biases: As for `peft_state`.
+        saved: As for `peft_state`.
+        dtype: As for `peft_state`.
+    """
+    config, tensors = peft_state(updates, sources=sources, biases=biases, saved=saved, dtype=dtype)
+    save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def peft_state(
+    updates: Mapping[str, LowRank],
+    *,
+    sources: Sequence[Adapter],
+    biases: Mapping[str, Tensor] | None = None,
+    saved: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's settings and tensors of an adapter: lora_B = up, lora_A = down, scale 1.
 
     PEFT loads them with no key missing or unexpected. A module of rank 0 is stored as rank 1, zero.
     PEFT matches target_modules by dotted suffix, so a base in which one module's whole name ends
     another's ("head" beside "model.head") would have both wrapped.
 
     Args:
-        folder: Existing folder; files of these names are replaced.
         updates: ΔW by module name in the base model, one at least.
         sources: The adapters that were merged, one at least: they say what the base model is, which
             modules are embeddings or convolutions, and how whole parameters are stored.
@@ -65,13 +87,16 @@ def write_files(
         saved: Whole parameters by name in the base model, stored in their own dtype.
         dtype: Of the factors and biases.
 
+    Returns:
+        adapter_config.json as a mapping, and contiguous CPU copies of the tensors by PEFT's keys.
+
     Raises:
         ValueError: There is nothing to write, a bias has no place, or a value overflows `dtype`.
     """
     biases, saved = dict(biases or {}), dict(saved or {})
     if not updates or not sources:
         raise ValueError(
-            f"write_files: needs one update and one source at least, got {len(updates)} and "
+            f"peft_state: needs one update and one source at least, got {len(updates)} and "
             f"{len(sources)}; PEFT cannot load an adapter without modules"
         )
     embeddings = frozenset().union(*(source.embeddings for source in sources))
@@ -86,8 +111,7 @@ def write_files(
     config = _config(updates, sources, saved)
     if biases:
         config["lora_bias"] = True
-    save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return config, tensors
 
 
 def _factors(
