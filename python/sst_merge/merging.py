@@ -131,7 +131,7 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool, live: Live |
         checkpoint = Checkpoint(problem) if config.output.merge_into_base else None
         tuning = tune(problem, config.parameters) if config.tune else None
         if tuning is not None:
-            problem.config = config = replace(config, parameters=tuning.parameters)
+            problem.config = config = replace(config, parameters=tuning.parameters, tune=False)
         plan = METHODS[config.merge_method](problem, config.parameters)
         strengths, updates = [], []
         for alpha in config.alphas:

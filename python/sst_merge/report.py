@@ -67,7 +67,8 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]]) 
     if plan.directions:
         pencils = summaries[alpha]
         report["gamma"] = plan.gamma
-        report["directions"] = {label: _spectrum(plan, label, alpha) for label in plan.directions}
+        kept = plan.kept(alpha)
+        report["directions"] = {label: _spectrum(d, kept[label]) for label, d in plan.directions.items()}
         report["survival"] = _survival(pencils)
         report["warnings"] += _not_surviving(report["survival"])
         if ALL_MODULES in pencils:
@@ -178,15 +179,14 @@ def _not_surviving(survival: dict[str, float | None]) -> list[str]:
     ]
 
 
-def _spectrum(plan: Plan, label: str, alpha: float) -> dict[str, list[float]]:
+def _spectrum(d: Directions, kept: Tensor) -> dict[str, list[float]]:
     """Per direction of one pencil, λ descending, six digits."""
-    d = plan.directions[label]
     columns = {
         "value": d.values,
         "ray_held": d.ray_held,
         "damping_share": d.damping_share,
         "cost": d.coefficients**2,
-        "factor": _factors(d, plan.kept(alpha)[label]),
+        "factor": _factors(d, kept),
     }
     return {key: [float(f"{x:.6g}") for x in column.tolist()] for key, column in columns.items()}
 

@@ -7,6 +7,7 @@ folder that the next one goes on with.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,7 @@ class FisherFolder:
     @property
     def complete(self) -> bool:
         """Whether every part is there to its end."""
-        return all(self._file(part).is_file() and read_metadata(self._file(part))["complete"] for part in PARTS)
+        return all(self._file(part).is_file() and self._metadata(part)["complete"] for part in PARTS)
 
     def load(self, part: str, sums: FisherSums | None = None) -> Progress | None:
         """What is there of a part.
@@ -97,7 +98,7 @@ class FisherFolder:
         file = self._file(part)
         if not file.is_file():
             return None
-        metadata = read_metadata(file)
+        metadata = self._metadata(part)
         if metadata["complete"] and not metadata["count"] > 0:
             raise ValueError(f"Fisher folder: {file} sums over {metadata['count']} sequences; collect it again")
         with safe_open(file, framework="pt", device=self.device) as tensors:
@@ -109,6 +110,21 @@ class FisherFolder:
     def statistics(self) -> Statistics:
         """All parts of a complete collection."""
         return Statistics(**{part: self.load(part).sums for part in PARTS})
+
+    def _metadata(self, part: str) -> dict[str, Any]:
+        """How far a part has come, from its file's header; ValueError if it is damaged or not of this folder."""
+        file = self._file(part)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                metadata = json.loads(tensors.metadata()["sst_merge"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"Fisher folder: {file} is damaged ({error}); remove it to collect it again") from None
+        if metadata.get("run") != _digest(self.fingerprint):
+            raise ValueError(
+                f"Fisher folder: {file} belongs to another run than {FINGERPRINT_NAME} beside it; remove it to collect "
+                "it again"
+            )
+        return metadata
 
     def load_answers(self, kind: str) -> list[TokenSequence] | None:
         """The answers that were generated for the prompts of one kind; None if there are none yet."""
@@ -166,6 +182,7 @@ class FisherFolder:
             "count": sums.count,
             "batches": batches or 0,
             "complete": batches is None,
+            "run": _digest(self.fingerprint),
         }
         tensors = {key: tensor.contiguous() for key, tensor in sums.tensors().items()}
         self._begin()
@@ -206,23 +223,9 @@ def read_fingerprint(path: Path, *, missing_ok: bool = False) -> dict[str, Any] 
         raise ValueError(f"Fisher folder: {file} is damaged ({error}); remove {path} and collect again") from None
 
 
-def read_metadata(file: Path) -> dict[str, Any]:
-    """How far a part has come, from its file's header.
-
-    Args:
-        file: The part's file.
-
-    Returns:
-        "representation", "count", "batches" and "complete".
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return json.loads(tensors.metadata()["sst_merge"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"Fisher folder: {file} is damaged ({error}); remove it to collect this part again") from None
+def _digest(fingerprint: Mapping[str, Any]) -> str:
+    """SHA-256 of a fingerprint: what ties a part's file to its folder."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
 def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any], complete: bool) -> None:

@@ -71,19 +71,17 @@ def tune(problem: Problem, parameters: SstParameters) -> Tuning:
     Cost: about 20 to 50 settings; each solves the pencils if ε or shrinkage is new, and takes len(ALPHAS) forward
     passes over the held-out sequences.
     """
-    search = _Search(problem)
-    best = replace(parameters, alpha=1.0)
-    search.best(best)
-    for _ in range(_ROUNDS):
-        before = best
-        for name in (SIZES[best.select], "damping", "shrinkage"):
-            best = min(
-                (search.best(replace(best, **{name: value})) for value in search.grid(best, name)), key=search.loss
-            )
-        if best == before:
-            break
-    chosen = search.rows[best]
-    return Tuning(best, list(search.rows.values()), chosen)
+    with tqdm(desc="tune", unit="setting", leave=False) as bar:
+        search = _Search(problem, bar)
+        best = search.best(replace(parameters, alpha=1.0))
+        for _ in range(_ROUNDS):
+            before = best
+            for name in (SIZES[best.select], "damping", "shrinkage"):
+                tried = [search.best(replace(best, **{name: value})) for value in search.grid(best, name)]
+                best = min([best, *tried], key=search.loss)
+            if best == before:
+                break
+    return Tuning(best, list(search.rows.values()), search.rows[best])
 
 
 class _Search:
@@ -93,11 +91,10 @@ class _Search:
         rows: Settings, α included -> row of the report.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, bar: tqdm) -> None:
+        self.problem, self._bar = problem, bar
         self.rows: dict[SstParameters, dict[str, Any]] = {}
         self._solved: tuple[Any, Any] = (None, None)
-        self._bar = tqdm(desc="tune", unit="setting", leave=False)
 
     def loss(self, settings: SstParameters) -> float:
         """J of a candidate that was measured."""

@@ -147,6 +147,21 @@ MIXED = {
 }
 
 
+def test_statistics_of_another_normalisation_are_refused(setup, tmp_path, capsys):
+    config = write_config(setup, tmp_path / "config.yaml")
+    assert main(["fisher", config, "--out", str(tmp_path / "fisher")]) == 0
+    known = json.loads((tmp_path / "fisher/fisher.json").read_text())
+    statistics = FisherFolder(tmp_path / "fisher", known).statistics()
+    other = {"normalisation": "token", "data": {"harm": ["0"], "benign": ["1"]}}
+    tokens = FisherFolder(tmp_path / "tokens", {**known, **other})
+    for part in PARTS:
+        tokens.save(part, getattr(statistics, part))
+    folders = [str(tmp_path / "fisher"), str(tmp_path / "tokens")]
+    assert main(["fisher", "--add", *folders, "--out", str(tmp_path / "sum")]) == 2
+    assert 'normalisation is "token" there, "sequence" here' in capsys.readouterr().err
+    assert not (tmp_path / "sum").exists()
+
+
 @pytest.mark.parametrize("fault", MIXED)
 def test_statistics_of_another_run_are_refused(setup, tmp_path, capsys, fault):
     config = setup.config("sst")
@@ -185,6 +200,7 @@ def edit_metadata(file: Path, **changes) -> None:
 DAMAGE = {
     "cut": (lambda f: f.write_bytes(f.read_bytes()[:-100]), "damaged"),
     "no metadata": (lambda f: save_file(load_file(f), f), "damaged"),
+    "of another run": (lambda f: edit_metadata(f, run="0"), "another run"),
     "count of zero": (lambda f: edit_metadata(f, count=0.0), "sums over 0"),
 }
 
