@@ -75,9 +75,6 @@ def load_base(config: Config, skeleton: nn.Module, dtype: torch.dtype) -> nn.Mod
         raise ValueError(_not_loaded(config, error)) from None
     if loading["missing_keys"]:
         raise ValueError(f"base_model: {config.base_model!r} lacks the weights {sorted(loading['missing_keys'])}")
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # 4 bit weights repacked for it pass no gradient on
-            module.support_avx512bf16_for_cpu = False
     return model.to(config.device) if device_map is None else model
 
 

@@ -150,7 +150,7 @@ class Problem:
             add_bias(model, name, bias)
         model.eval()
         for module in model.modules():
-            # Within eval mode bitsandbytes repacks 4-bit weights on some CPUs, and then gives no gradients.
+            # In eval mode bitsandbytes repacks 4-bit weights where the CPU has AVX512-BF16; they then pass no gradient.
             if type(module).__name__ == "Linear4bit":
                 module.train()
         return model
