@@ -81,7 +81,7 @@ def all_trials(command: list[str], folder: Path, count: int) -> tuple[int, int]:
 
 if __name__ == "__main__":
     config, folder, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    for name in ("fisher", "merge"):
+    for name, *options in (("fisher",), ("merge", "--overwrite")):  # which may be killed with its output in place
         (folder / name).mkdir(parents=True)
-        equal, kills = all_trials([name, config], folder / name, count)
+        equal, kills = all_trials([name, config, *options], folder / name, count)
         print(name, equal, kills, flush=True)
