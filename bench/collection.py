@@ -22,7 +22,7 @@ from harness import Limits, Row, arguments, interleaved, limits, report
 from sst_merge.adapters import LowRank
 from sst_merge.coordinates import core_basis, to_core
 from sst_merge.data import TokenSequence
-from sst_merge.fisher import CollectionSettings, Collector, log_likelihood
+from sst_merge.fisher import CollectionSettings, Collector, Part, log_likelihood
 from sst_merge.packing import batches
 
 RANK = 16
@@ -98,14 +98,10 @@ def plain(model: nn.Module, sequences: list[TokenSequence], batch_size: int, dev
     return total
 
 
-def measure(case: Case, repeats: int, machine: Limits, device: torch.device) -> Row:
-    """Checks that both compute the same likelihood, then times both."""
-    model = make_model(case, device)
-    updates = make_updates(model)
-    bases = {name: core_basis(pair) for name, pair in updates.items()}
-    origin, patch = ({name: to_core(bases[name], updates[name][i]) for name in updates} for i in range(2))
+def make_sequences(case: Case) -> list[TokenSequence]:
+    """Random tokens, the second half of each sequence to be predicted."""
     generator = torch.Generator().manual_seed(0)
-    sequences = [
+    return [
         TokenSequence(
             i,
             torch.randint(8192, (case.tokens,), generator=generator).tolist(),
@@ -113,12 +109,21 @@ def measure(case: Case, repeats: int, machine: Limits, device: torch.device) -> 
         )
         for i in range(case.batch_size * case.batches)
     ]
+
+
+def measure(case: Case, repeats: int, machine: Limits, device: torch.device) -> Row:
+    """Checks that both compute the same likelihood, then times both."""
+    model = make_model(case, device)
+    updates = make_updates(model)
+    bases = {name: core_basis(pair) for name, pair in updates.items()}
+    origin, patch = ({name: to_core(bases[name], updates[name][i]) for name in updates} for i in range(2))
+    sequences = make_sequences(case)
     settings = CollectionSettings((0.0,), (1.0,), batch_size=case.batch_size)
     collector = Collector(model, bases, origin, patch, settings)
 
     def collect() -> None:
         with collector:
-            collector.collect(sequences, sampled=False, points={0.0: 1.0}, title="collect")
+            collector.collect(Part("collect", sequences, False, {0.0: 1.0}, "exact"))
 
     def reference() -> float:
         return plain(model, sequences, case.batch_size, device)
