@@ -27,7 +27,7 @@ from sst_merge.settings import METHOD_PARAMETERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-NOT_HERE = ("--device cuda", "sst-merge demo")  # parsed, not run: no GPU, minutes
+MINUTES = {"demo"}  # commands that are parsed only
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
@@ -89,7 +89,7 @@ class Reader:
             if line.startswith("sst-merge "):
                 arguments = shlex.split(line, comments=True)[1:]
                 _parser().parse_args(arguments)
-                if not any(words in line for words in NOT_HERE):
+                if arguments[0] not in MINUTES:
                     assert main(arguments) == 0, line
 
 
