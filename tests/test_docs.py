@@ -58,7 +58,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         model.save_pretrained(f"adapters/{role}")
     for name in ("refusals", "answers", "more-refusals", "more-answers"):
         texts = [" ".join(f"w{i}" for i in torch.randint(47, (5,)).tolist()) for _ in range(16)]
-        records = [{"prompt": prompt, "response": answer} for prompt, answer in zip(texts[::2], texts[1::2], strict=True)]
+        records = [
+            {"prompt": prompt, "response": answer} for prompt, answer in zip(texts[::2], texts[1::2], strict=True)
+        ]
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     return tmp_path
 
