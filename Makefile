@@ -11,7 +11,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f) \
   $(shell find sst_kernels python -type d -not -name __pycache__)
 FORMATTED := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup build test lint bench demo clean
+.PHONY: help setup build test lint bench docs demo clean
 
 help:
 	@echo "make setup   make the environment ($(VENV)) with torch and the build tools"
@@ -19,6 +19,7 @@ help:
 	@echo "make test    run all tests"
 	@echo "make lint    check style: ruff, clang-format"
 	@echo "make bench   run the kernels' benchmarks; those of solve, longer, by bench/eigensolver.py"
+	@echo "make docs    write the API reference, from docstrings, into build/docs"
 	@echo "make demo    train a small model, merge it by every method, measure, report in demo-out"
 	@echo "make clean   remove what the others made"
 
@@ -54,6 +55,9 @@ bench: $(BUILD)
 	$(PYTHON) bench/accumulation.py --repeats 5
 	$(PYTHON) bench/collection.py --repeats 5
 	$(PYTHON) bench/small_pencils.py --repeats 5
+
+docs: $(BUILD)
+	$(PYTHON) docs/api.py build/docs
 
 demo: $(BUILD)
 	$(VENV)/bin/sst-merge demo --out demo-out

@@ -79,6 +79,14 @@ class FactorAccumulator:
 
     Raises:
         ValueError: An argument has another value than these, or a basis does not fit its layer.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> with FactorAccumulator(layer, fisher="empirical") as acc:
+        ...     loss = (2 * layer(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))).mean()
+        ...     acc.training_loss(loss, tokens=2).backward()
+        >>> [factor.tolist() for factor in acc.factors.mean("")]  # E[x xᵀ], and E[δ δᵀ] of a token's own loss
+        [[[5.0, 7.0], [7.0, 10.0]], [[4.0]]]
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -280,7 +281,7 @@ class LayerTaps:
         self.anchor = torch.empty(0, requires_grad=True)
         self.current: ForwardPass | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._eager: torch.compiler.set_stance | None = None
+        self._eager: AbstractContextManager | None = None
 
     def __enter__(self) -> LayerTaps:
         if self.installed:

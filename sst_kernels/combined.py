@@ -87,6 +87,11 @@ class Damped(_OfOne):
         operator: A; a tensor means Dense.
         damping: γ, a number >= 0 or real tensor (...,). A tensor's sign is not checked here: `solve`
             reports a sum that is not positive definite in the status of its pencil.
+
+    Example:
+        >>> Damped(torch.ones(2, 2), 0.5).to_dense()
+        tensor([[1.5000, 1.0000],
+                [1.0000, 1.5000]])
     """
 
     operator: Operator | Tensor

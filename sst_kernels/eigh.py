@@ -74,6 +74,16 @@ def eigh(
             not finite; numpy's, torch's and a ValueError at once.
         TypeError: for dtypes that cannot be factorised, or a tensor mixed with another type.
         ValueError: for wrong shapes and options.
+
+    Example:
+        >>> w, v = eigh(torch.diag(torch.tensor([2.0, 1.0])), torch.diag(torch.tensor([4.0, 0.25])))
+        >>> w
+        tensor([0.5000, 4.0000])
+        >>> v.abs()
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]])
+        >>> eigh([[2.0, 0.0], [0.0, 3.0]], eigvals_only=True)
+        array([2., 3.])
     """
     _check_options(b is not None, type, driver, subset_by_index, subset_by_value)
     as_numpy = not isinstance(a, Tensor)

@@ -47,6 +47,13 @@ def eigh_topk(
         more dense solve where that is cheaper (`resolvent`); one of values alone 4n²k.
 
     What does not fit raises TypeError or ValueError, as in `solve`.
+
+    Example:
+        >>> a = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64)).requires_grad_()
+        >>> w, v, status = eigh_topk(a, torch.diag(torch.tensor([4.0, 0.25], dtype=torch.float64)), 1)
+        >>> w.sum().backward()
+        >>> w.tolist(), a.grad.tolist(), int(status) == Status.CONVERGED | Status.VERIFIED
+        ([4.0], [[0.0, 0.0], [0.0, 4.0]], True)
     """
     a, b = (promoted(x) if isinstance(x, Tensor) else x for x in (a, b))
     check_matrix("eigh_topk", "a", a)

@@ -272,6 +272,11 @@ class Kronecker(Operator):
     Attributes:
         left: P, Hermitian of order n₁; a tensor means Dense.
         right: Q, Hermitian of order n₂; a tensor means Dense. The operator's order is n₁n₂.
+
+    Example:
+        >>> p, q = torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.diag(torch.tensor([1.0, 10.0]))
+        >>> (Kronecker(p, q) @ torch.tensor([[1.0], [1.0], [0.0], [0.0]])).mT  # C = [[1, 1], [0, 0]]
+        tensor([[ 1., 10.,  2., 20.]])
     """
 
     left: Operator | Tensor

@@ -151,6 +151,10 @@ class Pencil:
 
         Returns:
             Counts, int64 (...,). Forms A − tB; n³/3 flops (complex: of order 2n).
+
+        Example:
+            >>> Pencil(torch.diag(torch.tensor([3.0, 2.0, 1.0]))).count_above(1.5)
+            tensor(2)
         """
         a, b = self.dense()
         t = as_scale("Pencil.count_above", "t", t, self.dtype, self.device, self.batch_shape)

@@ -80,6 +80,15 @@ def solve(
     Raises:
         TypeError: if `pencil` is no Pencil, `options` no DavidsonOptions, or k no integer.
         ValueError: if k or tol is out of range, the method unknown or unfit for the pencil, or its device meta.
+
+    Example:
+        >>> from sst_kernels import Kronecker
+        >>> a, b = (torch.diag(torch.tensor(d, dtype=torch.float64)) for d in ([3.0, 1.0], [1.0, 2.0]))
+        >>> result = solve(Pencil(Kronecker(a, a), Kronecker(b, b)), k=1)
+        >>> result.values.tolist(), result.method, int(result.status) == Status.CONVERGED | Status.VERIFIED
+        ([9.0], 'kronecker', True)
+        >>> solve(Pencil(a, -b), k=1).explain()
+        ['pencil: NOT_POSITIVE_DEFINITE: B is not positive definite; add damping, B + γI']
     """
     structure, name = choose(pencil, k, method)
     k = int(k)

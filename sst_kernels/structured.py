@@ -102,6 +102,11 @@ class Gram(Operator):
         rows: J (..., rows, n).
         count: N, a positive number or (...,) real tensor; the number of rows by default. Batches
             of unequal row counts are padded with zero rows and say their counts here.
+
+    Example:
+        >>> Gram(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).to_dense()
+        tensor([[ 5.,  7.],
+                [ 7., 10.]])
     """
 
     rows: Tensor
@@ -256,6 +261,13 @@ class FunctionOperator(Operator):
 
     Attributes:
         function: the callable; it must not change its argument.
+
+    Example:
+        >>> double = FunctionOperator(lambda x: 2 * x, (3, 3), dtype=torch.float32)
+        >>> double @ torch.ones(3, 1)
+        tensor([[2.],
+                [2.],
+                [2.]])
     """
 
     def __init__(

@@ -70,6 +70,10 @@ def ties(updates: Sequence[Tensor], density: float, scale: float) -> Tensor:
 
     Returns:
         Δ, the same shape.
+
+    Example:
+        >>> ties([torch.tensor([4.0, 1.0, 3.0]), torch.tensor([2.0, -5.0, -1.0])], density=2 / 3, scale=1.0)
+        tensor([ 3., -5.,  3.])
     """
     trimmed = torch.stack([u * keep_largest(u.abs(), density) for u in updates])
     elected = trimmed.sum(0).sign()

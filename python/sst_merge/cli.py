@@ -15,7 +15,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     merge = commands.add_parser("merge", help="merge two adapters as a YAML file says")
-    merge.add_argument("config", help="YAML file; see the README for its keys")
+    merge.add_argument("config", help="YAML file; its keys are in docs/keys.md")
     merge.add_argument("--out", required=True, help="folder for the merged adapter and the report")
     merge.add_argument("--device", help="cpu, cuda, cuda:1, …; replaces the file's")
     merge.add_argument("--dtype", help="float32, bfloat16, … in which the model runs; replaces the file's")
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
 
     mergekit = commands.add_parser("mergekit", help="run mergekit-yaml with the method sst; needs sst-merge[mergekit]")
-    mergekit.add_argument("config", help="mergekit's YAML file; see the README for the method's keys")
+    mergekit.add_argument("config", help="mergekit's YAML file; docs/quickstart-merge.md has one")
     mergekit.add_argument("out", help="folder for the merged checkpoint and the report")
     mergekit.add_argument("options", nargs=argparse.REMAINDER, help="mergekit-yaml's own options")
     mergekit.set_defaults(run=_mergekit)

@@ -95,6 +95,14 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: An
 
     Raises:
         ValueError: Unknown key (with the nearest known one), wrong type, value out of range, missing role or file.
+
+    Example:
+        >>> models = [{"model": "helpful", "role": "utility"}, {"model": "refuses", "role": "safety"}]
+        >>> load_config({"base_model": "base", "models": models, "merge_method": "tsv"}).parameters
+        TsvParameters(alpha=1.0, share=0.5)
+        >>> load_config({"base_model": "base", "models": models, "merge_method": "tvs"})
+        Traceback (most recent call last):
+        ValueError: merge_method: unknown method 'tvs'; did you mean 'tsv'?
     """
     if isinstance(source, Config):
         return replace(source, **{key: value for key, value in overrides.items() if value is not None})

@@ -117,6 +117,14 @@ def parse_records(records: Iterable[tuple[str, Any]]) -> list[Example]:
 
     Raises:
         ValueError: A record is of no form; names where it comes from.
+
+    Example:
+        >>> records = [{"text": "Once upon a time."}, {"prompt": "How are you?"}]
+        >>> [example.is_answered for example in parse_records([("line 1", records[0]), ("line 2", records[1])])]
+        [True, False]
+        >>> parse_records([("line 3", {"question": "Why?"})])
+        Traceback (most recent call last):
+        ValueError: line 3: expected an object of one of the forms ... got an object with the keys ['question']
     """
     examples: list[Example] = []
     for origin, record in records:

@@ -1,5 +1,7 @@
 r"""What is kept of the safety patch: filters Σ f_i c_i v_i over the directions, by one of five rules.
 
+T4, T5 and T6 are the theorems of `docs/method.md`.
+
 - top_k: f = 1 for the k largest λ of every module, or of all (T4: raises gain per cost).
 - dof: the same with k = ⌈N_μ⌉, the degrees of freedom N_μ = Σ λ_i/(λ_i + μ).
 - soft: f_i = λ_i/(λ_i + μ), the minimum of (φ−τ)ᵀA(φ−τ) + μ φᵀBφ (T6).

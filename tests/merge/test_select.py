@@ -1,4 +1,4 @@
-"""Directions and filters against scipy, closed forms and the theorems of the method (T2, T4, T6)."""
+"""Directions and filters against scipy, closed forms and the theorems of docs/method.md (T2, T4, T6)."""
 
 from __future__ import annotations
 

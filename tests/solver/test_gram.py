@@ -1,4 +1,4 @@
-"""The Gram method against MATH's oracle, dense references, planted faults, and its promise of no n × n."""
+"""The Gram method against its closed form, dense references, planted faults, and its promise of no n × n."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GOOD = Status.CONVERGED | Status.VERIFIED
 
 
 def oracle(harm: np.ndarray, benign: np.ndarray, gamma: float) -> np.ndarray:
-    """MATH.md: λ of [G_hh − G_hb (n_b γ I + G_bb)⁻¹ G_bh] / (γ n_h), descending, in float64."""
+    """λ of [G_hh − G_hb (n_b γ I + G_bb)⁻¹ G_bh] / (γ n_h), descending, in float64."""
     inner = len(benign) * gamma * np.eye(len(benign)) + benign @ benign.T
     cross = harm @ benign.T
     small = (harm @ harm.T - cross @ np.linalg.solve(inner, cross.T)) / (gamma * len(harm))

@@ -87,7 +87,7 @@ def test_standard_problem_of_an_ekfac_operator():
 
 
 def test_factored_damping_is_two_small_pencils():
-    """Kronecker(Damped, Damped): MATH's oracle with damped factors, and sums of one term."""
+    """Kronecker(Damped, Damped): the oracle λ = α_i β_j with damped factors, and sums of one term."""
     a1, b1, a2, b2 = positive(3), positive(3, 1), positive(4, 2), positive(4, 3)
     a = Sum([Scaled(Kronecker(a1, a2), 0.5)])
     b = Kronecker(Damped(b1, 0.1), Damped(Scaled(b2, 2.0), 0.2))

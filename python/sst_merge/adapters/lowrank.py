@@ -21,6 +21,11 @@ class LowRank:
 
     Raises:
         ValueError: The factors do not chain.
+
+    Example:
+        >>> update = LowRank(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 0.0]]))
+        >>> update.shape, update.rank, update.singular_values()  # √5 · 5
+        ((2, 3), 1, tensor([11.1803], dtype=torch.float64))
     """
 
     up: Tensor
