@@ -78,7 +78,8 @@ def merge(
         ValueError: Anything the user can mend, with the remedy.
 
     Cost: for the statistics, unless they are there, forward and backward passes over the calibration sequences at each
-    point of the path, and at θ_ft over the harmful ones; then 1 + (number of strengths) forward passes over the held-out.
+    point of the path, and at θ_ft over the harmful ones; then 1 + (number of strengths) forward passes over those held
+    out.
     """
     config = load_config(config, **overrides)
     if merge_into_base:
