@@ -20,7 +20,7 @@ from torch import nn
 from .adapters import Adapter, assemble, peft_state
 from .adapters.peft_config import refusals
 from .config import sst_config
-from .merging import MergeResult, merge, merge_biases
+from .merging import MergeResult, merge
 from .problem import Live
 
 Examples = str | Path | Sequence[Mapping[str, Any] | Sequence[Mapping[str, str]]]
@@ -161,7 +161,7 @@ def _add_adapter(model: PeftModel, result: MergeResult, name: str) -> None:
     config, tensors = peft_state(
         result.updates(alpha),
         sources=(problem.utility, problem.safety),
-        biases=merge_biases(problem, result.plan, alpha),
+        biases=result.plan.merged_biases(problem, alpha),
         saved=problem.saved,
     )
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}

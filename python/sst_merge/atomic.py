@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -71,12 +72,12 @@ def replace_dir(target: str | Path, *, overwrite: bool = False) -> Iterator[Path
     """
     target = check_output_dir(target, overwrite=overwrite)
     made = [parent for parent in target.parents if not parent.exists()]  # innermost first
-    target.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
+    _remove_left(target)
+    token = f"{os.getpid()}-{secrets.token_hex(4)}"
     fresh = target.with_name(f".{target.name}.{token}.new")
     aside = target.with_name(f".{target.name}.{token}.old")
     try:
-        fresh.mkdir()
+        _make(fresh, target)
         yield fresh
         check_output_dir(target, overwrite=overwrite)
         if target.exists():
@@ -89,6 +90,23 @@ def replace_dir(target: str | Path, *, overwrite: bool = False) -> Iterator[Path
         shutil.rmtree(aside, ignore_errors=True)
         if not target.exists():
             _remove_empty(made)
+
+
+def _make(fresh: Path, target: Path) -> None:
+    """Make the folder beside the target; OSError in words where that cannot be."""
+    try:
+        fresh.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+    except OSError as error:
+        raise OSError(f"output folder: {target} cannot be written ({error.strerror}); name another") from None
+
+
+def _remove_left(target: Path) -> None:
+    """Remove what killed processes left beside a target; the names hold their numbers."""
+    for left in target.parent.glob(f".{target.name}.*-*.new"):
+        process = left.name.rsplit(".", 2)[1].partition("-")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -144,6 +162,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         OSError: It could not be written: the disk is full, or the folder gone.
     """
     try:
+        path.touch()
+        mode = path.stat().st_mode  # as the user's umask has it; the library's files are their owner's alone
         save_file(dict(tensors), path, metadata=dict(metadata))
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error}); make room, or name another folder") from None

@@ -19,8 +19,10 @@ from .data import (
     tokenize,
     tokenize_prompts,
 )
+from .fingerprint import hash_prompts
 from .generate import generate_answers
 from .settings import ROLES
+from .store import ANSWERS_NAME, load_answers, save_answers
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -88,12 +90,14 @@ def _answered(problem: Problem, kind: str, examples: Sequence[Example]) -> list[
 
 def _stored_or_generated(problem: Problem, kind: str, prompts: Sequence[TokenSequence]) -> list[TokenSequence]:
     """The answers that are kept beside the statistics; else new ones, kept there."""
-    folder = problem.folder
-    answers = None if folder is None else folder.load_answers(kind)
-    if answers is None:
-        answers = _generate(problem, ANSWERED_BY[kind], prompts)
-        if folder is not None:
-            folder.save_answers(kind, answers)
+    role, folder = ANSWERED_BY[kind], problem.config.fisher_dir
+    if folder is None:
+        return _generate(problem, role, prompts)
+    file = Path(folder, ANSWERS_NAME.format(kind=kind, digest=hash_prompts(problem, role, prompts)))
+    if file.is_file():
+        return load_answers(file)
+    answers = _generate(problem, role, prompts)
+    save_answers(file, answers)
     return answers
 
 
@@ -113,10 +117,11 @@ def _stop(problem: Problem) -> set[int]:
     return {end for end in ends if end is not None and end < problem.model_config.vocab_size}
 
 
-def _text(problem: Problem, sequence: TokenSequence) -> str:
-    """The answer of a sequence, as text."""
-    answer = [token for token, is_target in zip(sequence.input_ids, sequence.is_target, strict=True) if is_target]
-    return problem.tokenizer.decode(answer, skip_special_tokens=True)
+def _text(problem: Problem, sequence: TokenSequence, answer: bool = True) -> str:
+    """The answer of a sequence, or its prompt, as text."""
+    said = zip(sequence.input_ids, sequence.is_target, strict=True)
+    tokens = [token for token, is_target in said if is_target == answer]
+    return problem.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _check_tokens(problem: Problem, sequences: Sequence[TokenSequence], added: int = 0) -> None:
@@ -162,6 +167,7 @@ def write_generated(folder: Path, problem: Problem) -> None:
             {
                 "input_ids": s.input_ids,
                 "labels": [i if is_target else NO_LOSS for i, is_target in zip(s.input_ids, s.is_target, strict=True)],
+                "prompt": _text(problem, s, answer=False),
                 "answer": _text(problem, s),
             }
             for s in sequences

@@ -121,8 +121,9 @@ class _Interrupt:
 
 def _interrupted() -> int:
     """Say so; the exit code."""
-    kept = "statistics gathered so far are kept, and the same command goes on with them"
-    print(f"sst-merge: interrupted; no output was written ({kept})", file=sys.stderr)
+    print(
+        "sst-merge: interrupted; no output was written. The same command goes on with what was saved", file=sys.stderr
+    )
     return 130
 
 

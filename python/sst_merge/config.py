@@ -104,8 +104,12 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: An
         Traceback (most recent call last):
         ValueError: merge_method: unknown method 'tvs'; did you mean 'tsv'?
     """
+    if overrides.get("fisher_dir") is not None:
+        overrides["fisher_dir"] = os.path.abspath(Path(overrides["fisher_dir"]).expanduser())
     if isinstance(source, Config):
-        return replace(source, **{key: value for key, value in overrides.items() if value is not None})
+        config = replace(source, **{key: value for key, value in overrides.items() if value is not None})
+        _check(config)
+        return config
     folder = Path()
     if not isinstance(source, Mapping):
         path = Path(source)
@@ -118,8 +122,6 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: An
             raise ValueError(f"config file {path} is not valid YAML in UTF-8: {error}") from None
     if not isinstance(source, Mapping):
         raise ValueError("the config must be a mapping with base_model, models and merge_method")
-    if overrides.get("fisher_dir") is not None:
-        overrides["fisher_dir"] = os.path.abspath(Path(overrides["fisher_dir"]).expanduser())
     tree = {**source, **{key: value for key, value in overrides.items() if value is not None}}
     return _config(tree, folder)
 
@@ -179,18 +181,26 @@ def _config(tree: dict[str, Any], folder: Path) -> Config:
         output=_section(Output, tree.get("output"), "output"),
         **{key: _checked(key, value, str(Config.__dataclass_fields__[key].type)) for key, value in plain.items()},
     )
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    """What no key shows by itself."""
     _check_k(config.parameters)
     _check_points(config.parameters)
     _check_rho(config.parameters)
-    if config.tune and (method != "sst" or calibration is None):
+    if config.tune and (config.merge_method != "sst" or config.calibration is None):
         raise ValueError("tune: only merge_method sst is tuned, and on held-out sequences of `calibration`")
     if len(set(config.alphas)) < len(config.alphas):
         raise ValueError(f"alpha: every strength may be given once, got {list(config.alphas)}")
-    if method in AVERAGES and max(config.alphas) > 1:
-        raise ValueError(f"alpha: {method} needs alpha in [0, 1], got {max(config.alphas)}")
+    if config.merge_method in AVERAGES and max(config.alphas) > 1:
+        raise ValueError(f"alpha: {config.merge_method} needs alpha in [0, 1], got {max(config.alphas)}")
     _check_device(config.device)
     _check_device_map(config.device_map)
-    return config
+    roles = [os.path.realpath(getattr(config, role).model) for role in ROLES]
+    if roles[0] == roles[1]:
+        raise ValueError(f"models: utility and safety must be two adapters, got {config.utility.model!r} for both")
 
 
 def _models(entries: Any, folder: Path) -> dict[str, ModelRef]:
@@ -202,7 +212,9 @@ def _models(entries: Any, folder: Path) -> dict[str, ModelRef]:
         _refuse_unknown(entry, {"model", "role", "parameters"}, "an entry of models")
         role = entry.get("role")
         if role not in ROLES:
-            raise ValueError(f"models: role must be one of {', '.join(ROLES)}, got {role!r}{_nearest(role, ROLES)}")
+            raise ValueError(
+                f"models: role must be one of {', '.join(ROLES)}, got {role!r}{_did_you_mean(role, ROLES)}"
+            )
         if role in refs:
             raise ValueError(f"models: two entries have the role {role!r}; exactly one of each role is merged")
         if "model" not in entry:
@@ -266,9 +278,7 @@ def _checked(key: str, value: Any, annotation: str) -> Any:
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise ValueError(f"{key}: expected {annotation}, got {value!r}")
     if key in _CHOICES and isinstance(value, str) and value not in _CHOICES[key]:
-        raise ValueError(
-            f"{key}: expected one of {', '.join(_CHOICES[key])}, got {value!r}{_nearest(value, _CHOICES[key])}"
-        )
+        raise ValueError(f"{key}: expected one of {', '.join(_CHOICES[key])}, got {value!r}")
     if key in _RANGES:
         low, high, low_in, high_in = _RANGES[key]
         if not ((low <= value if low_in else low < value) and (value <= high if high_in else value < high)):
@@ -338,10 +348,17 @@ def _refuse_unknown(given: Mapping[str, Any], known: Any, where: str) -> None:
     """Raise for the first unknown key, with the nearest known one."""
     for key in given:
         if key not in known:
+            if where == "the config" and any(key in f.__dataclass_fields__ for f in METHOD_PARAMETERS.values()):
+                raise ValueError(f"{where}: unknown key {key!r}; it belongs under `parameters`")
             raise ValueError(f"{where}: unknown key {key!r}{_nearest(key, known)}")
 
 
 def _nearest(word: Any, known: Any) -> str:
     """' (did you mean …?)', or the known words where nothing is near."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+    return _did_you_mean(word, known) or f"; known: {', '.join(sorted(known))}"
+
+
+def _did_you_mean(word: Any, known: Any) -> str:
+    """The known word that is near, if one is."""
+    near = difflib.get_close_matches(str(word).lower(), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -24,7 +24,7 @@ from .settings import SstParameters
 from .sums import FisherSums, Statistics
 
 ALL_MODULES = "all modules"
-_ELEMENTS_AT_ONCE = 1 << 25  # of one side of the stacked pencils: 256 MB in float64
+ELEMENTS_AT_ONCE = 1 << 25  # of one side of the stacked pencils: 256 MB in float64
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _batches_of_equal_n(phi: Mapping[str, Tensor]) -> Iterator[list[str]]:
     for name, patch in phi.items():
         groups[len(patch)].append(name)
     for n, members in groups.items():
-        size = max(1, _ELEMENTS_AT_ONCE // (n * n))
+        size = max(1, ELEMENTS_AT_ONCE // (n * n))
         for start in range(0, len(members), size):
             yield members[start : start + size]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import torch
 from transformers.utils import cached_file
 
 from .adapters import Adapter
-from .data import read_examples
+from .data import TokenSequence
 from .settings import FisherParameters
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _BLOCK = 1 << 22  # bytes read at once
-_BATCHES = ("batch_size", "packing")  # of `Calibration`: no statistic depends on them, beyond rounding
-_FILES = ("harm", "benign")  # of `Calibration`: hashed
+_DIGITS = 16  # of the hash of a sequence: 64 bits
 
 
 def fingerprint(problem: Problem, parameters: FisherParameters) -> dict[str, Any]:
@@ -44,11 +43,7 @@ def fingerprint(problem: Problem, parameters: FisherParameters) -> dict[str, Any
         "normalisation": "sequence",
         "representation": representation,
         "coordinates": coordinates,
-        "models": {
-            "base": _hash_files(_weights_of_base(problem)),
-            "utility": _hash_adapter(problem.utility),
-            "safety": _hash_adapter(problem.safety),
-        },
+        "models": _models(problem),
         "dtype": problem.dtype_name,
         "quantization": config.quantization,
         "patch": parameters.patch,
@@ -58,26 +53,63 @@ def fingerprint(problem: Problem, parameters: FisherParameters) -> dict[str, Any
     }
     calibration = config.calibration
     if calibration is not None:
-        settings = asdict(calibration)
-        tree["tokenizer"] = _hash_tokenizer(problem.tokenizer)
-        tree["data"] = {kind: [_hash_examples(kind, settings.pop(kind))] for kind in _FILES}
-        tree["batches"] = {key: settings.pop(key) for key in _BATCHES}
-        tree["calibration"] = settings
+        tree["batches"] = {"batch_size": calibration.batch_size, "packing": calibration.packing}
+        tree["data"] = {
+            f"{kind}{held}": [_hash_sequence(s) for s in part]
+            for kind, parts in problem.calibration.items()
+            for held, part in zip(("", "_held"), parts, strict=True)
+        }
     return tree
 
 
-def _weights_of_base(problem: Problem) -> list[Path]:
-    """Configuration and weights of the base model."""
+def hash_prompts(problem: Problem, role: str, prompts: Sequence[TokenSequence]) -> str:
+    """What the answers to prompts depend on: model, prompts, and how long an answer may be.
+
+    Args:
+        problem: The models.
+        role: Who answers.
+        prompts: Tokenised.
+
+    Returns:
+        Hexadecimal digits.
+    """
     config = problem.config
-    file = cached_file(config.base_model, "config.json", local_files_only=not config.download)
-    return [Path(file), *Path(file).parent.glob("*.safetensors")]
+    said = [_models(problem)["base"], _hash_adapter(getattr(problem, role)), problem.dtype_name, config.quantization]
+    said += [config.calibration.max_new_tokens, [_hash_sequence(s) for s in prompts]]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:_DIGITS]
+
+
+def _models(problem: Problem) -> dict[str, str]:
+    """Hashes of base and adapters."""
+    return {
+        "base": _hash_files(_weights_of_base(problem)),
+        "utility": _hash_adapter(problem.utility),
+        "safety": _hash_adapter(problem.safety),
+    }
+
+
+def _weights_of_base(problem: Problem) -> list[Path]:
+    """Configuration and weights of the base model, as its index names them."""
+    config = problem.config
+    folder = Path(cached_file(config.base_model, "config.json", local_files_only=not config.download)).parent
+    index = folder / "model.safetensors.index.json"
+    shards = {"model.safetensors"}
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / "config.json", *(folder / shard for shard in shards)]
 
 
 def _hash_files(files: Iterable[Path]) -> str:
     """SHA-256 of contents."""
+    return _hash_known(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)))
+
+
+@lru_cache(maxsize=8)
+def _hash_known(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """`_hash_files` of files as they are at a time: a base is read once."""
     digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path.stat().st_size}\n".encode())
+    for path, size, _ in files:
+        digest.update(f"{size}\n".encode())
         with open(path, "rb") as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
@@ -95,17 +127,7 @@ def _hash_adapter(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def _hash_examples(kind: str, path: str) -> str:
-    """SHA-256 of the examples in a calibration file, however they are spaced."""
-    try:
-        examples = read_examples(path)
-    except ValueError as error:
-        raise ValueError(f"calibration.{kind} ({path}): {error}") from None
-    said = [(e.messages, e.pieces, e.tokens) for e in examples]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
-
-
-def _hash_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 of vocabulary, special tokens and chat template."""
-    described = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(described, default=str).encode()).hexdigest()
+def _hash_sequence(sequence: TokenSequence) -> str:
+    """Hash of a sequence's tokens and targets."""
+    said = json.dumps([sequence.input_ids, sequence.is_target])
+    return hashlib.sha256(said.encode()).hexdigest()[:_DIGITS]

@@ -13,12 +13,12 @@ from tqdm import tqdm
 from sst_kernels.collect import CoreBasis
 
 from .base import model_bytes
+from .directions import ELEMENTS_AT_ONCE
 from .packing import make_rows
 
 if TYPE_CHECKING:
     from .problem import Problem
 
-_STACKED = 1 << 25  # entries of a stack of pencils
 _WORKSPACE = 8 * 6  # bytes an entry: pencils, factors and vectors in float64
 
 
@@ -54,13 +54,13 @@ def estimate_memory(
     ]
     entries = sum(_entries(representation, n, count) for count in gradients)
     squares = sum(gradients) * sum(n) if representation == "gram" else sum(i * i for i in n)
-    workspace = min(_WORKSPACE * max(_STACKED, max(n) ** 2), 8 * squares)
-    solved = 0 if coordinates == "weight" else 8 * squares + workspace
+    stacked = squares if representation == "gram" else min(max(ELEMENTS_AT_ONCE, max(n) ** 2), squares)
+    solved = 0 if coordinates == "weight" else 8 * squares + _WORKSPACE * stacked
     return {
         "model": 0 if problem.live else model_bytes(problem.config, problem.skeleton, dtype),
         "activations": tokens * (17 * width * text.num_hidden_layers * text.hidden_size + 12 * text.vocab_size),
         "gradient rows": sequences * max(n) * 4,
-        "Fisher sums": 4 * entries,
+        "Fisher sums": max(4, width) * entries,
         "directions": solved,
         "cores": 7 * 8 * sum(n),
     }

@@ -41,7 +41,7 @@ from .atomic import replace_dir
 from .calibration import write_generated
 from .checkpoint import as_stored
 from .config import sst_config
-from .merging import MergeResult, merge, merge_biases
+from .merging import MergeResult, merge
 from .rendering import write_report
 from .settings import Config
 
@@ -100,6 +100,8 @@ def _parse(arguments: list[str]) -> click.Context:
 
 def _translate(file: str, options: dict[str, Any]) -> Config:
     """Our configuration of the merge that mergekit's YAML and options describe."""
+    if not Path(file).is_file():
+        raise ValueError(f"config file {file} does not exist")
     try:
         given = MergeConfiguration.model_validate(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, RuntimeError) as error:  # mergekit's validators raise RuntimeError
@@ -122,6 +124,9 @@ def _translate(file: str, options: dict[str, Any]) -> Config:
             )
         if reference.lora.revision or reference.model.revision:
             raise ValueError(f"models: {reference} names a revision; download it and give its folder")
+        for path in (reference.lora.path, reference.model.path):
+            if Path(path).exists() and not path.startswith((".", "/", "~")):
+                raise ValueError(f"models: {path} is a folder, but mergekit would ask the Hub for it; write ./{path}")
         parameters = dict(entry.parameters or {})
         role = parameters.pop("role", None)
         models.append({"model": reference.lora.path, "role": role, "parameters": parameters})
@@ -137,7 +142,7 @@ class _Changes:
     def __init__(self, result: MergeResult) -> None:
         problem, alpha = result.problem, result.problem.config.alphas[0]
         self.updates = result.updates(alpha)
-        self.biases = merge_biases(problem, result.plan, alpha)
+        self.biases = result.plan.merged_biases(problem, alpha)
         self.saved = problem.saved
         self.layers = {name: problem.skeleton.get_submodule(name) for name in self.updates}
         names = {f"{name}.weight" for name in self.updates} | {f"{name}.bias" for name in self.biases}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from .adapters import LowRank, write_files
@@ -20,7 +19,7 @@ from .calibration import write_generated
 from .card import write_cards
 from .checkpoint import Checkpoint
 from .config import load_config
-from .held_out import compare, measure
+from .held_out import Merged, compare, measure, warnings_of
 from .methods import METHODS, Plan
 from .problem import Live, Problem
 from .rendering import write_report
@@ -109,7 +108,7 @@ def collect(config: str | Path | Mapping[str, Any] | Config, out: str | Path, **
     config = load_config(config, **overrides, fisher_dir=out)
     if not isinstance(config.parameters, FisherParameters):
         raise ValueError(f"merge_method {config.merge_method} uses no Fishers; there is nothing to collect")
-    _refuse_inputs(Path(out), config)
+    _refuse_inputs(Path(out), replace(config, fisher_dir=None))
     with _out_of_memory():
         Problem(config).curvature(config.parameters)
     return Path(config.fisher_dir)
@@ -145,10 +144,11 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool, live: Live |
             else:
                 row = _write_strength(problem, plan, alpha, merged, folder)
                 strengths.append({**row, "worst_truncation_error": error})
-            updates.append(merged)
+            updates.append(Merged(merged, plan.merged_biases(problem, alpha)))
         report = build_report(problem, plan, strengths)
         if config.calibration is not None:
             report["held_out"] = compare(report["strengths"], measure(problem, updates))
+            report["warnings"] += warnings_of(report["held_out"])
         if tuning is not None:
             report["tuning"] = tuning.as_report()
         report["seconds"] = round(time.perf_counter() - started, 1)
@@ -184,7 +184,7 @@ def _write_strength(
         subfolder,
         updates,
         sources=(problem.utility, problem.safety),
-        biases=merge_biases(problem, plan, alpha),
+        biases=plan.merged_biases(problem, alpha),
         saved=problem.saved,
         dtype=getattr(torch, problem.config.output.dtype),
     )
@@ -195,7 +195,7 @@ def _write_checkpoint(checkpoint: Checkpoint, plan: Plan, alpha: float, folder: 
     """The base with the merge at one α added; what its dtype loses of the merge."""
     problem = checkpoint.problem
     subfolder = _subfolder(problem, alpha, folder)
-    biases = merge_biases(problem, plan, alpha)
+    biases = plan.merged_biases(problem, alpha)
     error = checkpoint.write(subfolder, lambda name: plan.dense(problem, name, alpha), biases)
     return {
         "alpha": alpha,
@@ -211,20 +211,11 @@ def _subfolder(problem: Problem, alpha: float, folder: Path) -> Path:
     return subfolder
 
 
-def merge_biases(problem: Problem, plan: Plan, alpha: float) -> dict[str, Tensor]:
-    """LoRA biases, merged by the method's formula without curvature; one that an adapter lacks is zero there."""
-    utility, safety = problem.utility.biases, problem.safety.biases
-    merged = {}
-    for name in {**utility, **safety}:
-        given = [biases.get(name) for biases in (utility, safety)]
-        zero = torch.zeros_like(next(b for b in given if b is not None))
-        merged[name] = plan.biases(*(zero if b is None else b for b in given), alpha)
-    return merged
-
-
 def _refuse_inputs(out: Path, config: Config) -> None:
-    """ValueError if the output would replace what is being read."""
-    for source in (config.base_model, config.utility.model, config.safety.model):
+    """ValueError if the output would replace what is being read, or kept."""
+    data = () if config.calibration is None else (config.calibration.harm, config.calibration.benign)
+    kept = () if config.fisher_dir is None else (config.fisher_dir,)
+    for source in (config.base_model, config.utility.model, config.safety.model, *data, *kept):
         target, read = out.resolve(), Path(source).resolve()
         if target == read or target in read.parents or read in target.parents:
             raise ValueError(f"output folder: {out} holds, or lies in, the input {source}; name another")

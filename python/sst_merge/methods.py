@@ -73,6 +73,16 @@ class Plan:
     curvature: Curvature | None = None
     gamma: float | None = None
 
+    def merged_biases(self, problem: Problem, alpha: float) -> dict[str, Tensor]:
+        """LoRA biases, merged by the method's formula without curvature; one that an adapter lacks is zero there."""
+        utility, safety = problem.utility.biases, problem.safety.biases
+        merged = {}
+        for name in {**utility, **safety}:
+            given = [biases.get(name) for biases in (utility, safety)]
+            zero = torch.zeros_like(next(b for b in given if b is not None))
+            merged[name] = self.biases(*(zero if b is None else b for b in given), alpha)
+        return merged
+
     def dense(self, problem: Problem, name: str, alpha: float) -> Tensor:
         """ΔW of a module, (d_out, d_in), float32."""
         matrix = self.update(name, alpha).float()

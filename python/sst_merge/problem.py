@@ -72,7 +72,7 @@ class Problem:
         skeleton: The base model on the meta device (or the live one): its modules and shapes.
         remarks: What the user should know; printed in the report.
         generated: "harm" or "benign" -> sequences whose answers were generated, once `calibration` was asked for.
-        folder: Where statistics are kept, once they were asked for and `fisher_dir` was found to fit.
+        replaced: The base's own values of whole parameters that only the safety adapter carries, once it is loaded.
 
     Raises:
         ValueError: An adapter cannot be read, the two do not fit each other, or one does not fit the base.
@@ -97,7 +97,7 @@ class Problem:
             if adapter.base_model and os.path.abspath(adapter.base_model) != os.path.abspath(config.base_model)
         ]
         self.generated: dict[str, list[TokenSequence]] = {}
-        self.folder: FisherFolder | None = None
+        self.replaced: dict[str, Tensor] = {}
         if config.quantization or is_quantised(self.skeleton):
             self.remarks.append("the base is quantised: its Fishers are those of the quantised model")
         self._curvature: dict[tuple, Curvature] = {}
@@ -145,6 +145,9 @@ class Problem:
                 "all the same, so this saves little memory"
             )
         for name, value in self.saved.items():
+            if name not in self.utility.saved:
+                owner, _, leaf = name.rpartition(".")
+                self.replaced[name] = getattr(model.get_submodule(owner), leaf)
             replace_parameter(model, name, value)
         for name, bias in self.utility.biases.items():
             add_bias(model, name, bias)
@@ -199,7 +202,7 @@ class Problem:
         changed = {name: tau for name, tau in patch.items() if tau.any()}
         if not changed:
             raise ValueError("the patch is zero: the safety adapter changes nothing, or both adapters are the same")
-        self.folder = folder = self._fisher_folder(parameters)
+        folder = self._fisher_folder(parameters, changed if coordinates == "core" else {})
         if folder is not None and folder.complete:
             return Curvature(origin, changed, folder.statistics())
         check_memory(self, {name: bases[name] for name in changed}, representation, coordinates)
@@ -210,12 +213,12 @@ class Problem:
             harm, benign = self.calibration["harm"], self.calibration["benign"]
             return Curvature(origin, changed, collect_statistics(collector, harm, benign, folder))
 
-    def _fisher_folder(self, parameters: FisherParameters) -> FisherFolder | None:
-        """Where the statistics are kept, if anywhere."""
+    def _fisher_folder(self, parameters: FisherParameters, patch: Mapping[str, Tensor]) -> FisherFolder | None:
+        """Where the statistics are kept, if anywhere; the patch shows whether they are in the same coordinates."""
         path = self.config.fisher_dir
         if path is None:
             return None
-        folder = FisherFolder(path, fingerprint(self, parameters), self.config.device)
+        folder = FisherFolder(path, fingerprint(self, parameters), self.config.device, patch)
         if self.config.calibration is None and not folder.complete:
             raise ValueError(f"Fisher folder: {path} is not complete, and there is no `calibration` to go on with")
         return folder
@@ -231,15 +234,6 @@ def _read(path: str, weight: float, device: str) -> Adapter:
         updates={name: update.scaled(weight) for name, update in adapter.updates.items()},
         biases={name: weight * bias for name, bias in adapter.biases.items()},
     )
-
-
-def _replace(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give a module its own copy of a parameter or buffer, as PEFT does: tied weights stay as they were."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    current = getattr(module, leaf)
-    value = value.to(current.device, current.dtype)
-    setattr(module, leaf, nn.Parameter(value) if isinstance(current, nn.Parameter) else value)
 
 
 def _collection_settings(parameters: FisherParameters, config: Config) -> CollectionSettings:

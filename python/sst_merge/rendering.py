@@ -26,7 +26,7 @@ def write_report(folder: Path, report: Mapping[str, Any], config: Config) -> Non
         for picture in section.pictures:
             (folder / f"{picture.name}.png").write_bytes(picture.png())
     (folder / OUTPUT_MARK).write_text(config.to_yaml(), encoding="utf-8")
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(render_markdown(title, sections), encoding="utf-8")
     (folder / "report.html").write_text(render_page(title, sections), encoding="utf-8")
 

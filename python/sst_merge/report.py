@@ -15,6 +15,7 @@ from .methods import Plan
 from .problem import Problem
 from .select import filtered_cores
 
+_EQUAL = 1e-9  # what is kept may be all there is, but for rounding
 LIBRARIES = ("sst-merge", "torch", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -156,21 +157,26 @@ def _predictions(pencils: Mapping[str, dict[str, Any]], alpha: float) -> dict[st
     return {
         "predicted_kl": alpha**2 * total("kl"),
         "predicted_kl_unfiltered": alpha**2 * total("kl_full"),
-        "refusal_slope": alpha * total("slope"),
-        "predicted_refusal": alpha * total("slope") - 0.5 * alpha**2 * total("gain"),
+        "predicted_refusal": alpha * total("slope"),
     }
 
 
 def _survival(pencils: Mapping[str, dict[str, Any]]) -> dict[str, float | None]:
-    """Gain per cost on held-out sequences, of what is kept and of the whole patch, over all pencils."""
+    """Held-out gain per cost of what is kept and of the whole patch, and the share of the kept cost that is damping."""
     gain, cost, gain_full, cost_full = (sum(p["held"][i] for p in pencils.values()) for i in range(4))
-    return {"ray_held_kept": gain / cost if cost > 0 else None, "ray_held_whole_patch": gain_full / cost_full}
+    spent = sum(p["cost"] for p in pencils.values())
+    damping = spent - 2 * sum(p["kl"] for p in pencils.values())
+    return {
+        "ray_held_kept": gain / cost if cost > 0 else None,
+        "ray_held_whole_patch": gain_full / cost_full,
+        "damping_share_kept": damping / spent if spent > 0 else None,
+    }
 
 
 def _not_surviving(survival: dict[str, float | None]) -> list[str]:
     """A warning where the kept directions are no better than the whole patch on sequences they were not found with."""
-    kept, whole = survival.values()
-    if kept is None or kept > whole:
+    kept, whole = survival["ray_held_kept"], survival["ray_held_whole_patch"]
+    if kept is None or kept >= whole * (1 - _EQUAL):
         return []
     return [
         f"the kept directions do not survive: on held-out sequences their gain per cost is {kept:.3g}, that of the "

@@ -19,10 +19,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .directions import Directions
+from .directions import ALL_MODULES, Directions
 from .settings import SstParameters
 
 _BISECTIONS = 200
+_NOISE = 1e-6  # of the norm of b: gradients are summed in float32
 
 
 def kept_coefficients(directions: Mapping[str, Directions], settings: SstParameters, alpha: float) -> dict[str, Tensor]:
@@ -73,7 +74,7 @@ def _ceil(freedom: float) -> int:
 
 def _named(name: str) -> str:
     """A pencil in an error message."""
-    return f"module {name!r}"
+    return ALL_MODULES if name == ALL_MODULES else f"module {name!r}"
 
 
 def _median_gain(values: Mapping[str, Tensor]) -> float:
@@ -129,6 +130,10 @@ def _signed(directions: Mapping[str, Directions], cost: float) -> dict[str, Tens
     values = torch.cat([d.values.clamp(min=0) for d in directions.values()])
     if not b.any():
         raise ValueError("select: signed needs the gradient of log p(refusal), and it is zero; check calibration.harm")
+
+    # Where λ and b both are rounding, b/(λ + μ) would spend the budget on what does nothing.
+    noise = (values <= len(values) * torch.finfo(values.dtype).eps * values.max()) & (b.abs() <= _NOISE * b.norm())
+    b = torch.where(noise, 0.0, b)
 
     def step(mu: float) -> Tensor:
         return torch.where(b == 0, 0.0, b / (values + mu))

@@ -75,8 +75,9 @@ class FisherParameters(AlphaParameters):
         """T of the points where Fishers are taken, and their normalised weights."""
         if self.where == "local":
             return (0.0,), (1.0,)
-        weights = [1.0 if self.point_weights == "uniform" else 1.0 - t for t in self.points]
-        return self.points, tuple(w / sum(weights) for w in weights)
+        weights = {t: 1.0 if self.point_weights == "uniform" else 1.0 - t for t in self.points}
+        weights = {t: w for t, w in weights.items() if w}
+        return tuple(weights), tuple(w / sum(weights.values()) for w in weights.values())
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from . import atomic
 from .data import TokenSequence
 from .sums import FisherSums, Statistics
 
 FINGERPRINT_NAME = "fisher.json"
+PATCH_NAME = "patch.safetensors"
+ANSWERS_NAME = "answers-{kind}-{digest}.json"
 PARTS = tuple(f.name for f in fields(Statistics))
 SAVE_EVERY = 4  # batches
 SAVE_SHARE = 10  # a save waits until this many times what the last one took has passed
 
 SERVES = {"exact": {"exact", "gram"}, "gram": {"gram"}, "diagonal": {"diagonal", "exact", "gram"}}
 """Representation wanted -> those it can be had from."""
+
+_SAME_PATCH = 1e-4  # relative to the largest core: rounding is far below, another basis far above
 
 
 @dataclass(frozen=True)
@@ -52,26 +60,44 @@ class FisherFolder:
         path: The folder.
         fingerprint: What the statistics are of: nested mappings of JSON values.
         device: Where loaded tensors go.
+        patch: Module name -> core of τ, kept beside the sums: singular vectors that another machine finds otherwise
+            (equal singular values) show in it.
 
     Raises:
         ValueError: The folder holds something else, or statistics of another run; names the differences.
     """
 
-    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], device: str = "cpu") -> None:
-        self.path, self.device = Path(path), device
+    def __init__(
+        self,
+        path: str | Path,
+        fingerprint: Mapping[str, Any],
+        device: str = "cpu",
+        patch: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.path, self.device, self.patch = Path(path), device, dict(patch or {})
+        self.fingerprint = json.loads(json.dumps(fingerprint))
         self._waited, self._saved_at, self._took = 0, time.monotonic(), 0.0
-        known = read_fingerprint(self.path, missing_ok=True)
-        if known is not None:
-            self.fingerprint = known
-            _check_same(self.path, known, fingerprint, complete=self.complete)
-            for left in self.path.glob(".*.new"):  # by a process that was killed while it wrote
-                left.unlink()
+        _refuse_foreign(self.path)
+        if any(self._file(part).is_file() for part in PARTS):
+            wanted, self.fingerprint = self.fingerprint, read_fingerprint(self.path)
+            _check_same(self.path, self.fingerprint, wanted, complete=self.complete)
+            self._check_patch()
+        for left in self.path.glob(".*.new"):  # by a process that was killed while it wrote
+            left.unlink()
+
+    def _check_patch(self) -> None:
+        """ValueError if the statistics are in other coordinates than the patch is here."""
+        file = self.path / PATCH_NAME
+        if not self.patch or not file.is_file():
             return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ValueError(
-                f"Fisher folder: {self.path} exists and holds no {FINGERPRINT_NAME}; name a new or empty folder"
-            )
-        self.fingerprint = dict(fingerprint)
+        known = load_file(file, device=self.device)
+        scale = max(float(tau.norm()) for tau in self.patch.values())
+        for name, tau in self.patch.items():
+            if name not in known or float((known[name].to(tau) - tau).norm()) > _SAME_PATCH * scale:
+                raise ValueError(
+                    f"Fisher folder: {self.path} holds statistics in other coordinates of {name}: its adapters have "
+                    "equal singular values, whose vectors each machine finds otherwise; collect all on one machine"
+                )
 
     def _file(self, part: str) -> Path:
         """The file of a part."""
@@ -126,30 +152,6 @@ class FisherFolder:
             )
         return metadata
 
-    def load_answers(self, kind: str) -> list[TokenSequence] | None:
-        """The answers that were generated for the prompts of one kind; None if there are none yet."""
-        file = self._answers(kind)
-        if not file.is_file():
-            return None
-        try:
-            return [TokenSequence(*record) for record in json.loads(file.read_text(encoding="utf-8"))]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Fisher folder: {file} is damaged ({error}); remove {self.path}") from None
-
-    def save_answers(self, kind: str, answers: Sequence[TokenSequence]) -> None:
-        """Keep generated answers: a run that goes on, or a later merge, takes these.
-
-        Args:
-            kind: "harm" or "benign".
-            answers: Prompts with their answers.
-        """
-        self._begin()
-        atomic.write_text(self._answers(kind), json.dumps([[s.index, s.input_ids, s.is_target] for s in answers]))
-
-    def _answers(self, kind: str) -> Path:
-        """The file of generated answers."""
-        return self.path / f"answers-{kind}.json"
-
     def save_now_and_then(self, part: str, sums: FisherSums, batches: int) -> None:
         """Save a part after a batch, if `SAVE_EVERY` batches have come and saving is not a tenth of the work.
 
@@ -190,19 +192,53 @@ class FisherFolder:
             atomic.save_tensors(fresh, tensors, {"sst_merge": json.dumps(metadata)})
 
     def _begin(self) -> None:
-        """Make the folder at the first save."""
-        file = self.path / FINGERPRINT_NAME
-        if not file.exists():
-            self.path.mkdir(parents=True, exist_ok=True)
-            atomic.write_text(file, json.dumps(self.fingerprint, indent=1) + "\n")
+        """Make the folder, before the first part is saved."""
+        if any(self._file(part).is_file() for part in PARTS):
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.patch:
+            with atomic.replace_file(self.path / PATCH_NAME) as fresh:
+                atomic.save_tensors(fresh, {name: tau.contiguous() for name, tau in self.patch.items()}, {})
+        atomic.write_text(self.path / FINGERPRINT_NAME, json.dumps(self.fingerprint, indent=1) + "\n")
 
 
-def read_fingerprint(path: Path, *, missing_ok: bool = False) -> dict[str, Any] | None:
+def _refuse_foreign(path: Path) -> None:
+    """ValueError if a folder exists and holds anything but statistics."""
+    if not path.exists():
+        return
+    ours = {FINGERPRINT_NAME, PATCH_NAME, *(f"{part}.safetensors" for part in PARTS)}
+    if not path.is_dir() or any(
+        file.name not in ours and not file.match(ANSWERS_NAME.format(kind="*", digest="*")) and not file.match(".*.new")
+        for file in path.iterdir()
+    ):
+        raise ValueError(f"Fisher folder: {path} exists and holds other things; name a new or empty folder")
+
+
+def load_answers(file: Path) -> list[TokenSequence]:
+    """Generated answers, as `save_answers` wrote them; ValueError if the file is damaged."""
+    try:
+        return [TokenSequence(*record) for record in json.loads(file.read_text(encoding="utf-8"))]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Fisher folder: {file} is damaged ({error}); remove it") from None
+
+
+def save_answers(file: Path, answers: Sequence[TokenSequence]) -> None:
+    """Keep generated answers beside the statistics: a run that goes on, or a later merge, takes these.
+
+    Args:
+        file: To be written.
+        answers: Prompts with their answers.
+    """
+    _refuse_foreign(file.parent)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(file, json.dumps([[s.index, s.input_ids, s.is_target] for s in answers]))
+
+
+def read_fingerprint(path: Path) -> dict[str, Any]:
     """The fingerprint of a folder of statistics.
 
     Args:
         path: The folder.
-        missing_ok: Return None, instead of raising, where there is none.
 
     Returns:
         The fingerprint.
@@ -212,8 +248,6 @@ def read_fingerprint(path: Path, *, missing_ok: bool = False) -> dict[str, Any] 
     """
     file = path / FINGERPRINT_NAME
     if not file.is_file():
-        if missing_ok:
-            return None
         raise ValueError(
             f"Fisher folder: {path} holds no {FINGERPRINT_NAME}; name a folder that `sst-merge fisher` wrote"
         )
@@ -236,9 +270,13 @@ def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any],
         known = {key: value for key, value in known.items() if key in wanted}  # without data here, none to compare
         if known["representation"] in SERVES[wanted["representation"]]:
             wanted["representation"] = known["representation"]
-        if "data" in wanted and all(set(wanted["data"][kind]) <= set(known["data"][kind]) for kind in known["data"]):
-            wanted["data"] = known["data"]
-    if differences := _differences(known, wanted):
+    ours, theirs = wanted.pop("data", {}), known.pop("data", {})
+    differences = _differences(known, wanted)
+    for part, sequences in ours.items():
+        missing = len(set(sequences) - set(theirs.get(part, ())))
+        if missing or (not complete and sequences != theirs.get(part)):
+            differences.append(f"{missing} of the {len(sequences)} sequences of {part} are not in it")
+    if differences:
         raise ValueError(
             f"Fisher folder: {path} holds statistics of another run: {'; '.join(differences)}. Name another folder "
             "(--fisher), or remove this one"
@@ -272,22 +310,36 @@ def add_folders(parts: Sequence[str | Path], out: str | Path) -> None:
     folders = [Path(part) for part in parts]
     if len(folders) < 2:
         raise ValueError(f"fisher --add: expected two folders or more, got {len(folders)}")
+    if Path(out).exists():
+        raise ValueError(f"fisher --add: {out} exists already; name a new folder for the sum")
     fingerprints = [read_fingerprint(folder) for folder in folders]
-    data = {kind: [d for known in fingerprints for d in known["data"][kind]] for kind in fingerprints[0]["data"]}
-    for kind, digests in data.items():
-        if len(set(digests)) < len(digests):
-            raise ValueError(f"fisher --add: two of the folders hold the same {kind} data, which would count twice")
+    data = {part: [s for known in fingerprints for s in known["data"][part]] for part in fingerprints[0]["data"]}
+    for kind in ("harm", "benign"):
+        _refuse_overlap(kind, [set(known["data"][kind] + known["data"][f"{kind}_held"]) for known in fingerprints])
     total = {**fingerprints[0], "data": data}
+    patch = load_file(folders[0] / PATCH_NAME) if (folders[0] / PATCH_NAME).is_file() else {}
     opened = [
-        FisherFolder(path, {**total, "data": known["data"]}) for path, known in zip(folders, fingerprints, strict=True)
+        FisherFolder(path, {**total, "data": known["data"]}, patch=patch)
+        for path, known in zip(folders, fingerprints, strict=True)
     ]
     for folder in opened:
         if not folder.complete:
             raise ValueError(f"fisher --add: {folder.path} is not complete; finish it with `sst-merge fisher`")
     with atomic.replace_dir(out) as fresh:
-        written = FisherFolder(fresh, total)
+        written = FisherFolder(fresh, total, patch=patch)
         for part in PARTS:
             sums = opened[0].load(part).sums
             for other in opened[1:]:
                 sums = sums.merged(other.load(part).sums)
             written.save(part, sums)
+        for file in (file for folder in folders for file in folder.glob(ANSWERS_NAME.format(kind="*", digest="*"))):
+            shutil.copyfile(file, fresh / file.name)
+
+
+def _refuse_overlap(kind: str, parts: Sequence[set[str]]) -> None:
+    """ValueError if two collections hold the same sequence."""
+    for first, second in combinations(parts, 2):
+        if common := first & second:
+            raise ValueError(
+                f"fisher --add: {len(common)} sequences of {kind} are in two of the folders, and would count twice"
+            )

@@ -12,16 +12,15 @@ each value, keeps the best so far, and ends with a round that changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from .adapters import LowRank
 from .directions import find_directions
-from .held_out import HeldOut, measure
+from .held_out import HeldOut, Merged, measure
 from .methods import Plan, sst_plan
 from .problem import Problem
 from .settings import SstParameters
@@ -63,7 +62,8 @@ def tune(problem: Problem, parameters: SstParameters) -> Tuning:
 
     Args:
         problem: Model, adapters and data.
-        parameters: Where the search begins; the rule of selection, points, patch and scope stay as they are.
+        parameters: Where the search begins; the rule of selection, points, patch and scope stay as they are. Its alpha,
+            if it is a list, are the strengths tried instead of `ALPHAS`.
 
     Returns:
         What was found.
@@ -72,8 +72,8 @@ def tune(problem: Problem, parameters: SstParameters) -> Tuning:
     passes over the held-out sequences.
     """
     with tqdm(desc="tune", unit="setting", leave=False) as bar:
-        search = _Search(problem, bar)
-        best = search.best(replace(parameters, alpha=1.0))
+        search = _Search(problem, parameters.alpha if isinstance(parameters.alpha, tuple) else ALPHAS, bar)
+        best = search.best(parameters)
         for _ in range(_ROUNDS):
             before = best
             for name in (SIZES[best.select], "damping", "shrinkage"):
@@ -81,24 +81,25 @@ def tune(problem: Problem, parameters: SstParameters) -> Tuning:
                 best = min([best, *tried], key=search.loss)
             if best == before:
                 break
-    return Tuning(best, list(search.rows.values()), search.rows[best])
+    return Tuning(best, list(search.rows.values()), search.rows[repr(best)])
 
 
 class _Search:
     """Candidates measured so far.
 
     Attributes:
-        rows: Settings, α included -> row of the report.
+        rows: Settings in words (1 and 1.0 are not the same k), α included -> row of the report.
     """
 
-    def __init__(self, problem: Problem, bar: tqdm) -> None:
-        self.problem, self._bar = problem, bar
-        self.rows: dict[SstParameters, dict[str, Any]] = {}
+    def __init__(self, problem: Problem, alphas: tuple[float, ...], bar: tqdm) -> None:
+        self.problem, self.alphas, self._bar = problem, alphas, bar
+        self.rows: dict[str, dict[str, Any]] = {}
         self._solved: tuple[Any, Any] = (None, None)
 
     def loss(self, settings: SstParameters) -> float:
-        """J of a candidate that was measured."""
-        return self.rows[settings]["objective"]
+        """J of a candidate that was measured; infinite where it is not finite."""
+        objective = self.rows[repr(settings)]["objective"]
+        return objective if math.isfinite(objective) else math.inf
 
     def plan(self, settings: SstParameters) -> Plan:
         """The merge by these settings; pencils are solved anew only for another ε or shrinkage."""
@@ -125,21 +126,20 @@ class _Search:
 
     def best(self, settings: SstParameters) -> SstParameters:
         """The settings with their best α, every strength measured."""
-        family = [replace(settings, alpha=alpha) for alpha in ALPHAS]
-        if family[0] not in self.rows:
-            merged = [self._updates(candidate) for candidate in family]
+        family = [replace(settings, alpha=alpha) for alpha in self.alphas]
+        if repr(family[0]) not in self.rows:
+            merged = [self._merged(candidate) for candidate in family]
             for candidate, result in zip(family, measure(self.problem, merged), strict=True):
-                self.rows[candidate] = _row(candidate, result)
+                self.rows[repr(candidate)] = _row(candidate, result)
             self._bar.update()
         return min(family, key=self.loss)
 
-    def _updates(self, settings: SstParameters) -> Mapping[str, LowRank]:
-        """ΔW of every module."""
-        plan, bases = self.plan(settings), self.problem.bases
-        cores = {name: plan.update(name, settings.alpha).float() for name in self.problem.names}
-        return {
-            name: LowRank(bases[name].q_out.float() @ core, bases[name].q_in.mT.float()) for name, core in cores.items()
-        }
+    def _merged(self, settings: SstParameters) -> Merged:
+        """The model as it would be written."""
+        plan, problem = self.plan(settings), self.problem
+        rank, alpha = problem.config.output.rank, settings.alpha
+        updates = {name: plan.low_rank(problem, name, alpha, rank)[0] for name in problem.names}
+        return Merged(updates, plan.merged_biases(problem, alpha))
 
 
 def _row(settings: SstParameters, result: HeldOut) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from sst_merge.atomic import check_output_dir, replace_dir, replace_file, write_text
+from sst_merge.atomic import check_output_dir, replace_dir, replace_file, save_tensors, write_text
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -101,3 +104,32 @@ def test_files(tmp_path):
     with pytest.raises(TypeError), replace_file(tmp_path / "a") as fresh:
         fresh.write_bytes(3)
     assert tree(tmp_path) == {"a": "2"}
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f".out.{dead.pid}-ab12.new", f".out.{os.getpid()}-ab12.new", ".other.1-a.new", ".out.notes.new"):
+        (tmp_path / name).mkdir()
+    with replace_dir(tmp_path / "out") as fresh:
+        (fresh / "a").write_text("1")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "out",
+        f".out.{os.getpid()}-ab12.new",  # of a process that lives: this one
+        ".other.1-a.new",
+        ".out.notes.new",
+    }
+
+
+def test_tensor_files_have_the_modes_of_other_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(OSError, match="output folder: /proc/.*name another"), replace_dir("/proc/nowhere/out"):
+        pass

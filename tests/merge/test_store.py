@@ -17,8 +17,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from sst_merge import merge
+from sst_merge import load_config, merge
 from sst_merge.cli import main
+from sst_merge.memory import estimate_memory
+from sst_merge.problem import Problem
 from sst_merge.store import PARTS, FisherFolder
 
 
@@ -132,17 +134,20 @@ def test_parts_add_up(setup, tmp_path, capsys, representation):
         assert ("held_out" in json.loads((out / "report.json").read_text())) == (number == 0)
     capsys.readouterr()
     assert main(["fisher", "--add", folders[0], folders[0], "--out", str(tmp_path / "twice")]) == 2
-    assert "same harm data" in capsys.readouterr().err and not (tmp_path / "twice").exists()
+    assert "sequences of harm are in two" in capsys.readouterr().err and not (tmp_path / "twice").exists()
 
 
 MIXED = {
     "another base": (lambda s, c: c.update(base_model=str(s.base.parent / "other")), "models.base"),
     "another adapter": (lambda s, c: c["models"][1]["parameters"].update(weight=0.5), "models.safety"),
-    "other data": (lambda s, c: c["calibration"].update(harm=str(s.benign)), "data.harm"),
+    "other data": (lambda s, c: c["calibration"].update(harm=str(s.benign)), "8 of the 8 sequences of harm are not"),
     "another seed": (lambda s, c: c["parameters"].update(seed=3), "seed"),
     "other points": (lambda s, c: c["parameters"].update(points=[0.5]), "points"),
     "another dtype": (lambda s, c: c.update(dtype="float64"), "dtype"),
-    "more held out": (lambda s, c: c["calibration"].update(held_out=0.5), "calibration.held_out"),
+    "more held out": (lambda s, c: c["calibration"].update(held_out=0.5), "3 of the 6 sequences of harm_held are not"),
+    "shorter sequences": (lambda s, c: c["calibration"].update(max_length=8), "sequences of harm are not"),
+    "more samples": (lambda s, c: c["parameters"].update(samples=2), "samples"),
+    "another patch": (lambda s, c: c["parameters"].update(patch="interpolate"), "patch"),
     "more than there is": (lambda s, c: c["parameters"].update(fisher="gram"), "representation"),
 }
 
@@ -152,7 +157,7 @@ def test_statistics_of_another_normalisation_are_refused(setup, tmp_path, capsys
     assert main(["fisher", config, "--out", str(tmp_path / "fisher")]) == 0
     known = json.loads((tmp_path / "fisher/fisher.json").read_text())
     statistics = FisherFolder(tmp_path / "fisher", known).statistics()
-    other = {"normalisation": "token", "data": {"harm": ["0"], "benign": ["1"]}}
+    other = {"normalisation": "token", "data": {part: [part] for part in known["data"]}}
     tokens = FisherFolder(tmp_path / "tokens", {**known, **other})
     for part in PARTS:
         tokens.save(part, getattr(statistics, part))
@@ -182,7 +187,7 @@ def test_statistics_of_another_run_are_refused(setup, tmp_path, capsys, fault):
     capsys.readouterr()
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert re.search(rf"another run: .*{named} is .* there", error), error
+    assert re.search(rf"another run: .*{named}", error), error
     assert {p.name: p.read_bytes() for p in (tmp_path / "fisher").iterdir()} == before and not (
         tmp_path / "out"
     ).exists()
@@ -272,5 +277,58 @@ def test_generated_answers_are_kept_with_the_statistics(setup, tmp_path, monkeyp
     assert main(again) == 0
     first, second = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("first", "second"))
     assert first["held_out"] == second["held_out"] and any("answers generated" in r for r in second["remarks"])
-    (tmp_path / "first.fisher/answers-harm.json").write_text("[[1")
+    next((tmp_path / "first.fisher").glob("answers-harm-*.json")).write_text("[[1")
     assert main([*again[:-1], str(tmp_path / "third")]) == 2
+
+
+def test_answers_of_every_part_are_kept_in_the_sum(setup, tmp_path, monkeypatch):
+    folders = []
+    for i in (0, 1):
+        prompts = [json.dumps({"prompt": f"w{j} w{j + 20 * i}"}) for j in range(1, 7)]
+        setup.harm.write_text("\n".join(prompts))
+        setup.benign.write_text("\n".join(json.dumps({"text": f"w{j} w{i} w{j + 3}"}) for j in range(1, 7)))
+        config = write_config(setup, tmp_path / "config.yaml", calibration={"max_new_tokens": 5})
+        folders.append(str(tmp_path / f"part{i}"))
+        assert main(["fisher", config, "--out", folders[-1]]) == 0
+    assert main(["fisher", "--add", *folders, "--out", str(tmp_path / "sum")]) == 0
+    monkeypatch.setattr("sst_merge.calibration.generate_answers", lambda *a: pytest.fail("generated again"))
+    assert main(["merge", config, "--fisher", str(tmp_path / "sum"), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_other_coordinates_are_refused(setup, tmp_path, capsys):
+    """As if another machine had found other singular vectors: τ has another core."""
+    config = write_config(setup, tmp_path / "config.yaml")
+    assert main(["fisher", config, "--out", str(tmp_path / "fisher")]) == 0
+    file = tmp_path / "fisher/patch.safetensors"
+    cores = load_file(file)
+    name = sorted(cores)[-1]
+    cores[name] = cores[name].flip(0).contiguous()
+    save_file(cores, file)
+    assert main(["merge", config, "--fisher", str(tmp_path / "fisher"), "--out", str(tmp_path / "out")]) == 2
+    assert f"other coordinates of {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lies", ["statistics", "data"])
+def test_output_never_replaces_statistics_or_data(setup, tmp_path, capsys, lies):
+    config = write_config(setup, tmp_path / "config.yaml", merge_method="task_arithmetic", parameters={})
+    assert main(["merge", config, "--out", str(tmp_path / "out")]) == 0
+    changes = {}
+    if lies == "data":
+        shutil.copy(setup.harm, tmp_path / "out/mine.jsonl")
+        changes = {"calibration": {"harm": str(tmp_path / "out/mine.jsonl")}}
+    config = write_config(setup, tmp_path / "config.yaml", **changes)
+    fisher = [] if lies == "data" else ["--fisher", str(tmp_path / "out/statistics")]
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert main(["merge", config, "--out", str(tmp_path / "out"), "--overwrite", *fisher]) == 2
+    assert "holds, or lies in" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_memory_estimate_knows_the_size_of_the_sums(setup, tmp_path):
+    for representation in ("exact", "gram", "diagonal"):
+        problem = Problem(load_config(setup.config("sst", fisher=representation, samples=2)))
+        statistics = problem.curvature(problem.config.parameters).statistics
+        parts = [getattr(statistics, part) for part in PARTS[:4]]
+        held = sum(t.numel() * t.element_size() for p in parts for t in {**p.second, **p.rows}.values())
+        bases = {name: problem.bases[name] for name in statistics.harm.first}
+        assert estimate_memory(problem, bases, representation, "core")["Fisher sums"] == held
