@@ -28,6 +28,14 @@ COLUMNS = {
 }
 """What the columns of the module table mean."""
 
+LONG = 20
+"""A table of more rows than this stands apart: folded in the page, at the end in Markdown."""
+
+SELECTED = (
+    "The settings were chosen by what they do on the held-out sequences: the figures of the chosen candidate were "
+    "selected, so they flatter it."
+)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -52,6 +60,11 @@ class Section:
     alternatives: bool = False
     rows: Sequence[Mapping[str, Any]] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the table stands apart."""
+        return len(self.rows) > LONG
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -106,8 +119,14 @@ def outline(report: Mapping[str, Any]) -> list[Section]:
 
 
 def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What was merged, from which data."""
+    """What came of it; then what was merged, from which data."""
+    survival = report.get("survival", {})
     facts = {
+        **_measured(report.get("held_out", ())),
+        "warnings": f"{len(report['warnings'])}, below" if report.get("warnings") else "none",
+        "share of the kept cost that is damping": survival.get("damping_share_kept"),
+        "held-out gain per cost of what is kept": survival.get("ray_held_kept"),
+        "held-out gain per cost of the whole patch": survival.get("ray_held_whole_patch"),
         "base": report.get("base_model"),
         "utility": report.get("utility"),
         "safety": report.get("safety"),
@@ -121,10 +140,24 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
         facts[f"{kind} sequences"] = f"{count['found']} to find directions, {count['held_out']} held out"
     for kind, trace in report.get("fisher_trace", {}).items():
         facts[f"trace of the {kind} Fisher"] = trace
-    survival = report.get("survival", {})
-    facts["held-out gain per cost of what is kept"] = survival.get("ray_held_kept")
-    facts["held-out gain per cost of the whole patch"] = survival.get("ray_held_whole_patch")
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What every strength does to held-out sequences, in words."""
+    if not rows:
+        return {"measured": "nothing: no calibration data were given"}
+    return {
+        f"measured at α {row['alpha']:g}": f"KL {_with_error(row, 'measured_kl')}, change of log p(refusal) "
+        f"{_with_error(row, 'measured_refusal')} nats per sequence"
+        for row in rows
+    }
+
+
+def _with_error(row: Mapping[str, Any], key: str) -> str:
+    """A measured number ± its standard error where that is known."""
+    error = row.get(f"{key}_se")
+    return shown(row.get(key)) + ("" if error is None else f" ± {error:.2g}")
 
 
 def _held_out(report: Mapping[str, Any]) -> Section:
@@ -134,15 +167,16 @@ def _held_out(report: Mapping[str, Any]) -> Section:
         "model and the change of log p(refusal)."
     )
     rows = report.get("held_out", ())
-    return Section("Held out", text=[text] if rows else (), pictures=plots.of_held_out(report), rows=rows)
+    paragraphs = [text, *([SELECTED] if "tuning" in report else ())]
+    return Section("Held out", text=paragraphs if rows else (), pictures=plots.of_held_out(report), rows=rows)
 
 
 def _strengths(report: Mapping[str, Any]) -> Section:
     """What was written, a row an α."""
     text = (
         "Predicted by the quadratic model, nats per sequence: KL of the kept patch from the utility model, the same of "
-        "the whole patch (both without damping), and the change of log p(refusal), to first order and with its "
-        "quadratic term. They hold for small steps only."
+        "the whole patch (both without damping), and the first-order change of log p(refusal). They hold for small "
+        "steps only."
     )
     return Section("Strengths", text=[text] if "gamma" in report else (), rows=report["strengths"])
 
@@ -154,7 +188,7 @@ def _tuning(report: Mapping[str, Any]) -> Section:
         return Section("Tuning")
     return Section(
         "Tuning",
-        text=[f"Rule: {tuning['rule']}"],
+        text=[f"Rule: {tuning['rule']}", SELECTED],
         facts={f"chosen {name}": value for name, value in tuning["chosen"].items()},
         pictures=plots.of_tuning(report),
         rows=tuning["candidates"],

@@ -101,7 +101,7 @@ def picture(
             if axis.get_scale() == "log":
                 axis.set_major_formatter(lambda x, _: _power_of_ten(x))
                 axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.0, 0.4)))
-        if axes.get_legend_handles_labels()[0]:
+        if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
             axes.legend()
     return Picture(name, title, caption, figure)
 

@@ -133,26 +133,31 @@ def _damping_share(axes: Axes, spectra: list[dict[str, np.ndarray]]) -> None:
 
 
 def of_held_out(report: Mapping[str, Any]) -> list[Picture]:
-    """The frontier of the strengths, and predicted against measured changes; those whose numbers are there."""
+    """The frontier of the strengths, and predicted against measured changes; those with two strengths or more."""
     rows = sorted(report.get("held_out", ()), key=lambda row: row["alpha"])
     pictures = []
-    if np.isfinite(numbers(rows, "measured_kl") * numbers(rows, "measured_refusal")).any():
+    if np.isfinite(numbers(rows, "measured_kl") * numbers(rows, "measured_refusal")).sum() > 1:
         caption = (
             "Refusals gained against damage done, measured on held-out sequences, in nats per sequence; a point a "
             "strength α, bars ± one standard error where known."
         )
         pictures.append(picture("frontier", "Frontier", caption, lambda axes: _frontier(axes, rows)))
-    for kind, label in (("kl", KL), ("refusal", REFUSAL)):
-        if np.isfinite(numbers(rows, f"measured_{kind}")).any():
+    for kind, label, model in (("kl", KL, "by the quadratic model"), ("refusal", REFUSAL, "to first order")):
+        if np.isfinite(numbers(rows, f"measured_{kind}")).sum() > 1:
             caption = (
-                "Predicted by the quadratic model and measured on held-out sequences, in nats per sequence; bars ± one "
-                "standard error where known."
+                f"Predicted {model} and measured on held-out sequences, in nats per sequence; bars ± one standard "
+                "error where known."
             )
             title = f"Predicted against measured {kind.replace('kl', 'KL')}"
             pictures.append(
                 picture(f"held_out_{kind}", title, caption, lambda axes, k=kind, x=label: _predicted(axes, rows, k, x))
             )
     return pictures
+
+
+def _legend_above(axes: Axes) -> None:
+    """The legend over the axes, where it covers nothing that is drawn."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
 
 def _errors(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
@@ -166,9 +171,10 @@ def _frontier(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.errorbar(
         kl, refusal, _errors(rows, "measured_refusal"), _errors(rows, "measured_kl"), fmt="o-", c=BLUE, lw=1, ms=4
     )
+    beside = {"xytext": (5, -5), "textcoords": "offset points", "va": "top", "fontsize": 7}  # between the bars
     for row, x, y in zip(rows, kl, refusal, strict=True):
         if np.isfinite(x * y):
-            axes.annotate(f"α {row['alpha']:g}", (x, y), (4, -9), textcoords="offset points", fontsize=7)
+            axes.annotate(f"α {row['alpha']:g}", (x, y), **beside)
     axes.axhline(0, ls=":", lw=0.8, c=GREY)
     axes.set(xlabel=KL, ylabel=REFUSAL)
 
@@ -181,6 +187,7 @@ def _predicted(axes: Axes, rows: Sequence[Mapping[str, Any]], kind: str, label: 
         alpha, numbers(rows, measured), _errors(rows, measured), fmt="o-", c=BLUE, lw=1, ms=4, label="measured"
     )
     axes.set(xlabel="strength α", ylabel=label)
+    _legend_above(axes)
 
 
 OUTCOMES = frozenset({"alpha", "objective", "kl", "refusal_loss"})
@@ -205,7 +212,7 @@ def of_tuning(report: Mapping[str, Any]) -> list[Picture]:
 
 
 def _tuning(axes: Axes, rows: Sequence[Mapping[str, Any]], chosen: Sequence[bool]) -> None:
-    """Objective over α; the chosen setting's line stands out and is named."""
+    """Objective over α, logarithmic where it spans more than 3 : 1; the chosen setting's line stands out, named."""
     curves: dict[tuple[tuple[str, Any], ...], list[int]] = {}
     for i in np.argsort(numbers(rows, "alpha"), kind="stable"):
         setting = tuple((k, v) for k, v in rows[i].items() if k not in OUTCOMES and not k.endswith("_se"))
@@ -218,6 +225,9 @@ def _tuning(axes: Axes, rows: Sequence[Mapping[str, Any]], chosen: Sequence[bool
         axes.plot(alpha[curve], objective[curve], ".-", ms=3, **style)
     axes.plot(alpha[chosen], objective[chosen], "*", c=ORANGE, ms=9, label="chosen")
     axes.set(xlabel="strength α", ylabel="objective")
+    if 0 < 3 * np.nanmin(objective) < np.nanmax(objective):
+        axes.set_yscale("log")
+    _legend_above(axes)
 
 
 def _candidates(axes: Axes, rows: Sequence[Mapping[str, Any]], chosen: np.ndarray) -> None:
@@ -231,3 +241,4 @@ def _candidates(axes: Axes, rows: Sequence[Mapping[str, Any]], chosen: np.ndarra
     axes.plot(kl[order], loss[order], "o-", ms=3, lw=1, c=BLUE, label="not beaten in both")
     axes.plot(kl[chosen], loss[chosen], "*", c=ORANGE, ms=9, label="chosen")
     axes.set(xlabel=KL, ylabel="loss on refusals")
+    _legend_above(axes)

@@ -32,8 +32,9 @@ def write_report(folder: Path, report: Mapping[str, Any], config: Config) -> Non
 
 
 def render_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The report as Markdown; its pictures are files beside it, `NAME.png`."""
+    """The report as Markdown, long tables last; its pictures are files beside it, `NAME.png`."""
     lines = [f"# {_escaped(title)}", ""]
+    last = []
     for section in sections:
         lines += [f"## {section.title}", ""]
         for paragraph in section.text:
@@ -45,11 +46,14 @@ def render_markdown(title: str, sections: Sequence[Section]) -> str:
             lines += [*(f"- {item}" for item in items), ""] if items else []
         for picture in section.pictures:
             lines += [f"![{picture.title}]({picture.name}.png)", "", f"{picture.title}: {picture.caption}", ""]
-        if section.rows:
+        if section.is_long:
+            lines += [f"The table of {len(section.rows)} rows is at the end.", ""]
+            last += [f"## {section.title}: table", "", *markdown_table(section.rows), ""]
+        elif section.rows:
             lines += [*markdown_table(section.rows), ""]
         if section.columns:
             lines += [*(f"- `{key}`: {meaning}" for key, meaning in section.columns.items()), ""]
-    return "\n".join(lines)
+    return "\n".join(lines + last)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -63,6 +63,7 @@ def sample() -> dict[str, Any]:
         "sequences": {kind: {"found": 9, "held_out": 3} for kind in ("harm", "benign")},
         "fisher_trace": {"harm": 3.0, "benign": 0.5},
         "gamma": 1e-3,
+        "survival": {"ray_held_kept": 0.5, "ray_held_whole_patch": 0.25, "damping_share_kept": 0.875},
         "modules": modules,
         "directions": directions,
         "strengths": [{"alpha": a, "largest_rank": 5, "predicted_kl": a * a, "adapter": HOSTILE} for a in ALPHAS],

@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.image import imread
 from report_sample import ALPHAS, HOSTILE, contrast, of_hex, sample
 
 from sst_merge.cli import main
@@ -123,6 +125,48 @@ def test_sections_without_numbers_are_left_out():
     assert titles[:6] == ["Summary", "Warnings", "Held out", "Strengths", "Tuning", "Directions"]
 
 
+def test_summary_begins_with_what_was_measured():
+    report = sample()
+    facts = outline(report)[0].facts
+    assert list(facts.items())[:6] == [
+        ("measured at α 0.5", "KL 0.275 ± 0.1, change of log p(refusal) 4.25 nats per sequence"),
+        ("measured at α 1", "KL 1.1 ± 0.1, change of log p(refusal) 8 nats per sequence"),
+        ("measured at α 1.5", "KL 2.475 ± 0.1, change of log p(refusal) 11.25 nats per sequence"),
+        ("warnings", "1, below"),
+        ("share of the kept cost that is damping", 0.875),
+        ("held-out gain per cost of what is kept", 0.5),
+    ]
+    report |= {"warnings": [], "held_out": []}
+    facts = outline(report)[0].facts
+    assert list(facts)[:2] == ["measured", "warnings"]
+    assert facts["measured"].startswith("nothing") and facts["warnings"] == "none"
+
+
+def test_figures_of_a_tuned_merge_are_said_to_be_selected():
+    report = sample()
+    for tuned, expected in ((True, {"Held out", "Tuning"}), (False, set())):
+        if not tuned:
+            del report["tuning"]
+        assert {s.title for s in outline(report) if any("selected" in text for text in s.text)} == expected
+
+
+def long_report(count: int) -> dict[str, Any]:
+    """A sample with so many candidates, worst first."""
+    report = sample()
+    (row,) = report["tuning"]["candidates"][:1]
+    report["tuning"]["candidates"] = [{**row, "objective": float(count - i)} for i in range(count)]
+    return report
+
+
+@pytest.mark.parametrize(("count", "at_end"), [(20, False), (21, True)])
+def test_long_table_comes_last_in_markdown(count, at_end):
+    text = render_markdown("t", outline(long_report(count)))
+    head = "| damping | k | alpha | objective | kl | refusal_loss |"
+    assert text.count(head) == 1 and (text.index(head) > text.index("## Versions")) == at_end
+    assert text.count("\n| 0.1 | 0.05 | ") == count
+    assert (f"The table of {count} rows is at the end." in text) == at_end
+
+
 # In a browser ---------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +248,31 @@ def test_keyboard_sorts_names_by_their_numbers(page, visit):
     tab.keyboard.press("Space")
     assert column(tab, table, "shape")[0].get_attribute("aria-sort") == "ascending"
     assert head.get_attribute("aria-sort") is None
+
+
+@pytest.mark.parametrize(("count", "folded"), [(20, False), (21, True)])
+def test_long_table_is_folded_and_sorts_when_open(visit, count, folded):
+    tab = visit(page_of(long_report(count)), 1280)
+    table = tab.locator("#tuning table")
+    assert table.is_visible() != folded
+    if folded:
+        tab.get_by_text(f"Table of {count} rows").click()
+    assert table.is_visible()
+    head, objectives = column(tab, table, "objective")
+    assert objectives == [str(count - i) for i in range(count)]
+    head.locator("button").click()
+    assert column(tab, table, "objective")[1] == objectives[::-1]
+
+
+def test_edge_of_a_table_is_shaded_while_there_is_more_beyond_it(page, visit):
+    for width, shaded in ((360, (True, False)), (1280, (False, False))):
+        box = visit(page, width).locator("#held-out .table")
+        assert box.evaluate("x => x.scrollWidth > x.clientWidth") == shaded[0]
+        for end, expected in zip((0, 9999), shaded, strict=True):
+            box.evaluate("(x, end) => { x.scrollLeft = end; }", end)
+            image = imread(BytesIO(box.screenshot()))[:, :, :3]
+            corner = image[-4, -3]  # in the right border's column, below the last row's text
+            assert (corner.max() < 0.9) == expected, (width, end, corner)
 
 
 @pytest.mark.parametrize("width", [360, 1280])
@@ -290,6 +359,10 @@ def test_page_of_a_merge(visit, setup, tmp_path):
     report = json.loads((tmp_path / "out/report.json").read_text())
     tab = visit(tmp_path / "out/report.html")
     assert tab.locator("h1").inner_text() == "Merge report: sst"
+    facts = tab.locator("#summary dl > div").all_inner_texts()
+    for fact, row in zip(facts, report["held_out"], strict=False):
+        assert fact.startswith(f"measured at α {row['alpha']:g}\nKL {row['measured_kl']:.4g} ± "), fact
+    assert facts[2].startswith("warnings\n")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
     table = tab.locator("#modules table")
     assert column(tab, table, "module")[1] == [row["module"] for row in report["modules"]]

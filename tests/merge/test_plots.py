@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -70,6 +71,31 @@ def test_frontier_is_measured_refusal_over_measured_kl():
     )
 
 
+@pytest.mark.parametrize(("finite", "names"), [(1, []), (2, ["frontier", "held_out_kl", "held_out_refusal"])])
+def test_one_strength_has_no_chart_over_strengths(finite, names):
+    report = sample()
+    for row in report["held_out"][finite:]:
+        row["measured_kl"] = row["measured_refusal"] = None
+    assert [picture.name for picture in plots.of_held_out(report)] == names
+    report["held_out"] = report["held_out"][:finite]
+    assert [picture.name for picture in plots.of_held_out(report)] == names
+
+
+def test_legend_and_labels_lie_on_no_error_bar():
+    report = sample()
+    for row in report["held_out"]:
+        row |= {"measured_kl_se": 2.0, "measured_refusal_se": 3.0}
+    for drawn in plots.of_held_out(report):
+        drawn.png()
+        axes = drawn.figure.axes[0]
+        texts = [x.get_window_extent() for x in (*axes.texts, axes.get_legend()) if x is not None]
+        bars = [segment for bar in axes.collections for segment in bar.get_segments()]
+        assert len(texts) == (len(ALPHAS) if drawn.name == "frontier" else 1)
+        for box, segment in itertools.product(texts, bars):
+            (x0, y0), (x1, y1) = axes.transData.transform(segment)
+            assert x1 < box.x0 or box.x1 < x0 or y1 < box.y0 or box.y1 < y0, (drawn.name, box, segment)
+
+
 def test_candidates_that_no_other_beats_in_both():
     report = sample()
     rows = report["tuning"]["candidates"]
@@ -101,6 +127,21 @@ def test_tuning_has_a_line_a_setting_and_names_the_chosen_one():
         [chosen["alpha"]],
         [min(row["objective"] for row in report["tuning"]["candidates"])],
     ]
+
+
+@pytest.mark.parametrize(("worst", "scale"), [(65.0, "log"), (4.0, "linear")])
+def test_least_objective_stands_clear_of_the_frame_whatever_the_worst_is(worst, scale):
+    report = sample()
+    for row, objective in zip(report["tuning"]["candidates"], np.linspace(3.4, worst, 12), strict=True):
+        row["objective"] = float(objective)
+    drawn = plots.of_tuning(report)[0]
+    drawn.png()
+    axes = drawn.figure.axes[0]
+    assert axes.get_yscale() == scale
+    least, second, top = axes.transAxes.inverted().transform(
+        axes.transData.transform([[1, 3.4], [1, 3 * 3.4 if scale == "log" else 3.6], [1, worst]])
+    )[:, 1]
+    assert least > 0 and second - least > 0.2 and top < 1
 
 
 def test_points_of_a_scatter_are_thinned_no_further_than_a_cell():
