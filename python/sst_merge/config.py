@@ -278,7 +278,8 @@ def _checked(key: str, value: Any, annotation: str) -> Any:
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise ValueError(f"{key}: expected {annotation}, got {value!r}")
     if key in _CHOICES and isinstance(value, str) and value not in _CHOICES[key]:
-        raise ValueError(f"{key}: expected one of {', '.join(_CHOICES[key])}, got {value!r}")
+        near = _did_you_mean(value, _CHOICES[key])
+        raise ValueError(f"{key}: expected one of {', '.join(_CHOICES[key])}, got {value!r}{near}")
     if key in _RANGES:
         low, high, low_in, high_in = _RANGES[key]
         if not ((low <= value if low_in else low < value) and (value <= high if high_in else value < high)):
