@@ -35,6 +35,7 @@ SAVE_SHARE = 10  # a save waits until this many times what the last one took has
 SERVES = {"exact": {"exact", "gram"}, "gram": {"gram"}, "diagonal": {"diagonal", "exact", "gram"}}
 """Representation wanted -> those it can be had from."""
 
+_LEFT = (".*.new", ".tmp*")  # by a process that was killed while it wrote: our names, and safetensors' own
 _SAME_PATCH = 1e-4  # relative to the largest core: rounding is far below, another basis far above
 
 
@@ -82,7 +83,7 @@ class FisherFolder:
             wanted, self.fingerprint = self.fingerprint, read_fingerprint(self.path)
             _check_same(self.path, self.fingerprint, wanted, complete=self.complete)
             self._check_patch()
-        for left in self.path.glob(".*.new"):  # by a process that was killed while it wrote
+        for left in (left for pattern in _LEFT for left in self.path.glob(pattern)):
             left.unlink()
 
     def _check_patch(self) -> None:
@@ -208,7 +209,7 @@ def _refuse_foreign(path: Path) -> None:
         return
     ours = {FINGERPRINT_NAME, PATCH_NAME, *(f"{part}.safetensors" for part in PARTS)}
     if not path.is_dir() or any(
-        file.name not in ours and not file.match(ANSWERS_NAME.format(kind="*", digest="*")) and not file.match(".*.new")
+        file.name not in ours and not any(map(file.match, (ANSWERS_NAME.format(kind="*", digest="*"), *_LEFT)))
         for file in path.iterdir()
     ):
         raise ValueError(f"Fisher folder: {path} exists and holds other things; name a new or empty folder")

@@ -332,3 +332,14 @@ def test_the_memory_estimate_knows_the_size_of_the_sums(setup, tmp_path):
         held = sum(t.numel() * t.element_size() for p in parts for t in {**p.second, **p.rows}.values())
         bases = {name: problem.bases[name] for name in statistics.harm.first}
         assert estimate_memory(problem, bases, representation, "core")["Fisher sums"] == held
+
+
+def test_what_a_killed_process_left_is_no_obstacle(setup, tmp_path):
+    """Names as safetensors and we give them while a file is written; at every stage of a collection."""
+    config, fisher = write_config(setup, tmp_path / "config.yaml"), tmp_path / "fisher"
+    fisher.mkdir()
+    for _ in range(2):  # before the first part, and beside whole ones
+        for name in (".tmpPMiIRn", ".harm.safetensors.ab12.new"):
+            (fisher / name).write_bytes(b"1")
+        assert main(["fisher", config, "--out", str(fisher)]) == 0
+        assert not [file.name for file in fisher.iterdir() if file.name.startswith(".")]
