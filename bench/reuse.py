@@ -66,7 +66,7 @@ def main() -> None:
     options = arguments(__doc__)
     dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
     machine = limits(options.device, dtype)
-    cases = CUDA_CASES if options.device.type == "cuda" else CPU_CASES[:2]
+    cases = CUDA_CASES if options.device.type == "cuda" else CPU_CASES[:1]
     rows = [row for case in cases for row in measure(case, options.repeats, machine, options.device)]
     report(__doc__.splitlines()[0], rows, options)
 
