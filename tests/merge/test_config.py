@@ -128,3 +128,10 @@ def test_files_that_are_no_config(tmp_path):
     del missing["base_model"]
     with pytest.raises(ValueError, match="lacks `base_model`"):
         load_config(missing)
+
+
+def test_one_adapter_in_both_roles_is_refused(setup):
+    config = setup.config("task_arithmetic")
+    config["models"][1]["model"] = f"{setup.utility.parent}/./{setup.utility.name}"
+    with pytest.raises(ValueError, match="utility and safety must be two adapters"):
+        load_config(config)

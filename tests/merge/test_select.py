@@ -241,3 +241,18 @@ def test_unsolvable_pencil_names_module_and_remedy():
     statistics.harm.second["b"][0, 0] = torch.nan
     with pytest.raises(ValueError, match="pencil of module 'b'.*damping"):
         find_directions(statistics, patch, SstParameters())
+
+
+def test_signed_spends_nothing_on_rounding_noise():
+    """Fewer rows than coordinates and ḡ among them: a large budget buys the free maximum A⁺ḡ and no null directions."""
+    statistics, patch = make_statistics(rows=5)
+    for name in SHAPES:
+        statistics.origin.first[name] = statistics.harm.first[name].clone()  # the mean of the five rows themselves
+    statistics.origin.count = statistics.harm.count
+    _, _, phis = filtered(statistics, patch, SstParameters(select="signed", rho=1e6))
+    for name in SHAPES:
+        a, b = dense_pencil(statistics, name, SstParameters())
+        values, vectors = scipy.linalg.eigh(a, b)
+        kept = values > 1e-9 * values.max()
+        free = vectors[:, kept] @ ((vectors[:, kept].T @ statistics.gradient(name).numpy()) / values[kept])
+        np.testing.assert_allclose(phis[name], free, rtol=1e-5, atol=1e-7 * np.abs(free).max())
