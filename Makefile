@@ -54,6 +54,7 @@ bench: $(BUILD)
 	$(PYTHON) bench/exact_fisher.py --repeats 10
 	$(PYTHON) bench/accumulation.py --repeats 5
 	$(PYTHON) bench/collection.py --repeats 5
+	$(PYTHON) bench/reuse.py --repeats 3
 	$(PYTHON) bench/small_pencils.py --repeats 5
 
 docs: $(BUILD)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from .settings import Config
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+"""What a checkpoint holds beside its weights."""
 
 _QUANTISED_BYTES = {"8bit": 1.0, "4bit": 0.5}
 
@@ -76,6 +84,42 @@ def load_base(config: Config, skeleton: nn.Module, dtype: torch.dtype) -> nn.Mod
     if loading["missing_keys"]:
         raise ValueError(f"base_model: {config.base_model!r} lacks the weights {sorted(loading['missing_keys'])}")
     return model.to(config.device) if device_map is None else model
+
+
+def local_folder(config: Config) -> Path:
+    """Where the base's files lie: the folder named, or the cache's snapshot of that name."""
+    if Path(config.base_model).is_dir():
+        return Path(config.base_model)
+    patterns = [*BESIDE_WEIGHTS, "*.safetensors"]
+    return Path(snapshot_download(config.base_model, allow_patterns=patterns, local_files_only=not config.download))
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> the file of a checkpoint's folder that holds it.
+
+    Args:
+        folder: With model.safetensors, or shards and their index.
+
+    Returns:
+        Keys as stored.
+
+    Raises:
+        ValueError: There is neither, or one is damaged or names files elsewhere.
+    """
+    index = folder / INDEX_NAME
+    try:
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if outside := sorted({file for file in shards.values() if Path(file).name != file}):
+                raise ValueError(f"it names files of other folders: {outside}")
+            return shards
+        with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+            return dict.fromkeys(file.keys(), WEIGHTS_NAME)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"base_model: {folder} must hold {WEIGHTS_NAME}, or shards with {INDEX_NAME} ({error}); save the base by "
+            "save_pretrained"
+        ) from None
 
 
 def _options(config: Config) -> dict[str, Any]:

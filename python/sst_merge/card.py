@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from .adapters.peft_config import CONFIG_NAME
+from .rendering import markdown_table
 from .settings import Config
 
 _TEXT = """\
@@ -139,19 +140,11 @@ def _numbers(strength: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """The report's rows of this strength, transposed: first what was written, then what was measured."""
     measured = [row for row in report.get("held_out", ()) if row["alpha"] == strength["alpha"]]
     rows = {key: value for row in (strength, *measured) for key, value in row.items()}
-    lines = ["| quantity | value |", "|---|---|"]
-    lines += [f"| {key} | {_cell(value)} |" for key, value in rows.items() if key not in ("alpha", "adapter")]
-    lines += ["", "KL divergences and changes of log p(refusal) are in nats per sequence."]
+    shown = [{"quantity": key, "value": value} for key, value in rows.items() if key not in ("alpha", "adapter")]
+    lines = [*markdown_table(shown), "", "KL divergences and changes of log p(refusal) are in nats per sequence."]
     if not measured:
         lines += ["What the merge does on held-out sequences was not measured."]
     return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    """A value as a table cell."""
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _limits(report: Mapping[str, Any]) -> str:

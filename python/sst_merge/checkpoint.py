@@ -8,18 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .atomic import save_tensors
-from .base import is_quantised
+from .base import BESIDE_WEIGHTS, INDEX_NAME, is_quantised, local_folder, weight_map
 from .problem import Problem
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 _LEFT_OUT = {"config.json", INDEX_NAME, "report.json", "adapter_config.json"}  # written anew, or not the model's
 _WIDER = {torch.float64: torch.float64, **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32)}
 
@@ -42,8 +39,8 @@ class Checkpoint:
     def __init__(self, problem: Problem) -> None:
         self.problem, self.model = problem, problem.skeleton
         _refuse_quantised(problem)
-        self.folder = _local_folder(problem)
-        self.shards = self._read_index()  # key -> file
+        self.folder = local_folder(problem.config)
+        self.shards = weight_map(self.folder)
         biased = {*problem.utility.biases, *problem.safety.biases}
         if without := sorted(name for name in biased if self.model.get_submodule(name).bias is None):
             raise ValueError(f"merge_into_base: the base has no bias where the adapters add one: {without}; {_ADAPTER}")
@@ -58,23 +55,6 @@ class Checkpoint:
             )
         # Parameter -> (the key to store it at, the key of its base value).
         self.places = self._places(sorted(changed | tied))
-
-    def _read_index(self) -> dict[str, str]:
-        """File of each tensor."""
-        index = self.folder / INDEX_NAME
-        try:
-            if index.is_file():
-                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                if outside := sorted({file for file in shards.values() if Path(file).name != file}):
-                    raise ValueError(f"it names files of other folders: {outside}")
-                return shards
-            with safe_open(self.folder / WEIGHTS_NAME, "pt") as file:
-                return dict.fromkeys(file.keys(), WEIGHTS_NAME)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ValueError(
-                f"merge_into_base: {self.folder} must hold {WEIGHTS_NAME}, or shards with {INDEX_NAME} ({error}); save "
-                "the base by save_pretrained"
-            ) from None
 
     def _tied_with(self, changed: set[str]) -> set[str]:
         """Every parameter of each tied group of which a member is changed."""
@@ -203,20 +183,9 @@ def _tied_groups(model: nn.Module) -> dict[str, list[str]]:
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
-def _local_folder(problem: Problem) -> Path:
-    """Where the base's files lie: the folder named, or the cache's snapshot of that name."""
-    name = problem.config.base_model
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    patterns = [*_COPIED, "*.safetensors"]
-    return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not problem.config.download))
-
-
 def _copy_files(source: Path, folder: Path) -> None:
     """Everything beside the weights that loading the model or its tokenizer can ask for."""
-    for pattern in _COPIED:
+    for pattern in BESIDE_WEIGHTS:
         for file in source.glob(pattern):
             if file.is_file() and file.name not in _LEFT_OUT:
                 shutil.copyfile(file, folder / file.name)

@@ -99,7 +99,7 @@ def _mergekit(args: argparse.Namespace) -> None:
         raise ValueError(f"mergekit could not be imported; pip install 'sst-merge[mergekit]': {error}") from None
 
     run(args.config, args.out, args.options)
-    print(f"wrote {args.out} (read {args.out}/report.md)")
+    print(f"wrote {args.out} (read {args.out}/report.html)")
 
 
 def _demo(args: argparse.Namespace) -> None:

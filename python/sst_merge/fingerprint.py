@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import cached_file
 
 from .adapters import Adapter
+from .base import local_folder, weight_map
 from .data import TokenSequence
 from .settings import FisherParameters
 
@@ -89,14 +89,9 @@ def _models(problem: Problem) -> dict[str, str]:
 
 
 def _weights_of_base(problem: Problem) -> list[Path]:
-    """Configuration and weights of the base model, as its index names them."""
-    config = problem.config
-    folder = Path(cached_file(config.base_model, "config.json", local_files_only=not config.download)).parent
-    index = folder / "model.safetensors.index.json"
-    shards = {"model.safetensors"}
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [folder / "config.json", *(folder / shard for shard in shards)]
+    """Configuration and weights of the base model."""
+    folder = local_folder(problem.config)
+    return [folder / name for name in ("config.json", *set(weight_map(folder).values()))]
 
 
 def _hash_files(files: Iterable[Path]) -> str:

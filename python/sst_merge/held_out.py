@@ -95,16 +95,8 @@ def _held_out_batches(problem: Problem, kind: str) -> Iterator[Batch]:
 
 
 @contextmanager
-def updated(problem: Problem, merged: Merged) -> Iterator[None]:
-    """The model computes with ΔW and biases, by hooks; its weights stay as they are.
-
-    Args:
-        problem: Holds the model, in which the utility adapter's LoRA biases are.
-        merged: What it is to compute with; up and down take the place of a core's bases.
-
-    Yields:
-        Nothing.
-    """
+def _updated(problem: Problem, merged: Merged) -> Iterator[None]:
+    """The model computes with ΔW and biases, by hooks; up and down take the place of a core's bases."""
     bases = {name: CoreBasis(u.up, u.down.mT) for name, u in merged.updates.items() if u.rank}
     eyes = {name: torch.eye(merged.updates[name].rank, device=b.q_out.device) for name, b in bases.items()}
     with ExitStack() as stack:
@@ -144,7 +136,7 @@ def _utility_alone(problem: Problem) -> Iterator[None]:
 def _logits(problem: Problem, merged: Merged, batch: Batch) -> Tensor:
     """Logits (P, V) at the P positions before a loss-bearing token, in the model's dtype."""
     row, position = batch.is_target[:, 1:].nonzero(as_tuple=True)
-    with updated(problem, merged):
+    with _updated(problem, merged):
         return problem.model(**batch.model_inputs, use_cache=False).logits[row, position]
 
 

@@ -136,18 +136,12 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool, live: Live |
         if tuning is not None:
             problem.config = config = replace(config, parameters=tuning.parameters, tune=False)
         plan = METHODS[config.merge_method](problem, config.parameters)
-        strengths, updates = [], []
-        for alpha in config.alphas:
-            merged, error = _updates(problem, plan, alpha)
-            if checkpoint is not None and folder is not None:
-                strengths.append(_write_checkpoint(checkpoint, plan, alpha, folder))
-            else:
-                row = _write_strength(problem, plan, alpha, merged, folder)
-                strengths.append({**row, "worst_truncation_error": error})
-            updates.append(Merged(merged, plan.merged_biases(problem, alpha)))
-        report = build_report(problem, plan, strengths)
+        rows, models = zip(
+            *(_one_strength(problem, plan, alpha, folder, checkpoint) for alpha in config.alphas), strict=True
+        )
+        report = build_report(problem, plan, list(rows))
         if config.calibration is not None:
-            report["held_out"] = compare(report["strengths"], measure(problem, updates))
+            report["held_out"] = compare(report["strengths"], measure(problem, models))
             report["warnings"] += warnings_of(report["held_out"])
         if tuning is not None:
             report["tuning"] = tuning.as_report()
@@ -159,6 +153,23 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool, live: Live |
     return MergeResult(problem, plan, report, None if out is None else Path(out))
 
 
+def _one_strength(
+    problem: Problem, plan: Plan, alpha: float, folder: Path | None, checkpoint: Checkpoint | None
+) -> tuple[dict[str, Any], Merged | None]:
+    """Write the merge at one α; its row of the report, and the model, if it is wanted in factors."""
+    biases = plan.merged_biases(problem, alpha)
+    if checkpoint is None or folder is None:
+        updates, error = _updates(problem, plan, alpha)
+        merged = Merged(updates, biases)
+        return {**_write_adapter(problem, merged, alpha, folder), "worst_truncation_error": error}, merged
+    subfolder = _subfolder(problem, alpha, folder)
+    lost = checkpoint.write(subfolder, lambda name: plan.dense(problem, name, alpha), biases)
+    row = {"alpha": alpha, "worst_rounding_error": lost, "checkpoint": subfolder.relative_to(folder).as_posix()}
+    if problem.config.calibration is None:  # nothing will be measured, and the factors of a dense ΔW are dear
+        return row, None
+    return row, Merged(_updates(problem, plan, alpha)[0], biases)
+
+
 def _updates(problem: Problem, plan: Plan, alpha: float) -> tuple[dict[str, LowRank], float]:
     """ΔW of every module at one α, of the rank asked for; the largest relative error of truncation."""
     updates, worst = {}, 0.0
@@ -168,40 +179,26 @@ def _updates(problem: Problem, plan: Plan, alpha: float) -> tuple[dict[str, LowR
     return updates, worst
 
 
-def _write_strength(
-    problem: Problem, plan: Plan, alpha: float, updates: Mapping[str, LowRank], folder: Path | None
-) -> dict[str, Any]:
+def _write_adapter(problem: Problem, merged: Merged, alpha: float, folder: Path | None) -> dict[str, Any]:
     """The merged adapter at one α; its size."""
+    updates = merged.updates.values()
     strength = {
         "alpha": alpha,
-        "largest_rank": max(u.rank for u in updates.values()),
-        "parameters": sum(u.up.numel() + u.down.numel() for u in updates.values()),
+        "largest_rank": max(u.rank for u in updates),
+        "parameters": sum(u.up.numel() + u.down.numel() for u in updates),
     }
     if folder is None:
         return strength
     subfolder = _subfolder(problem, alpha, folder)
     write_files(
         subfolder,
-        updates,
+        merged.updates,
         sources=(problem.utility, problem.safety),
-        biases=plan.merged_biases(problem, alpha),
+        biases=merged.biases,
         saved=problem.saved,
         dtype=getattr(torch, problem.config.output.dtype),
     )
     return {**strength, "adapter": subfolder.relative_to(folder).as_posix()}
-
-
-def _write_checkpoint(checkpoint: Checkpoint, plan: Plan, alpha: float, folder: Path) -> dict[str, Any]:
-    """The base with the merge at one α added; what its dtype loses of the merge."""
-    problem = checkpoint.problem
-    subfolder = _subfolder(problem, alpha, folder)
-    biases = plan.merged_biases(problem, alpha)
-    error = checkpoint.write(subfolder, lambda name: plan.dense(problem, name, alpha), biases)
-    return {
-        "alpha": alpha,
-        "worst_rounding_error": error,
-        "checkpoint": subfolder.relative_to(folder).as_posix(),
-    }
 
 
 def _subfolder(problem: Problem, alpha: float, folder: Path) -> Path:

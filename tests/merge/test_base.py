@@ -21,9 +21,6 @@ from sst_merge.config import load_config
 from sst_merge.merging import merge
 from sst_merge.problem import Problem
 
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
-)
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
@@ -70,7 +67,6 @@ def dequantised(base: Path, bits: str) -> torch.nn.Module:
     return model
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize(("bits", "tolerance"), [("4bit", 1e-5), ("8bit", 0.05)])
 def test_fishers_of_a_quantised_base_are_those_of_its_weights(wide, tmp_path, load_base, bits, tolerance):
     """8 bit layers round their inputs too, in float16 as well, so their Fishers differ by that rounding."""
@@ -121,7 +117,6 @@ def test_a_base_in_bfloat16_runs_as_it_is(wide, tmp_path):
         assert 1e-5 < error < 0.1, (name, error)  # rounded, so it ran in bfloat16
 
 
-@needs_bitsandbytes
 def test_a_base_that_is_stored_quantised_loads_as_it_is(wide, tmp_path, capsys):
     stored = tmp_path / "stored"
     quantization = BitsAndBytesConfig(**NF4)
@@ -144,7 +139,6 @@ def test_a_base_that_is_stored_quantised_loads_as_it_is(wide, tmp_path, capsys):
         assert "merge it into the base of the original precision" in capsys.readouterr().err
 
 
-@needs_bitsandbytes
 def test_whole_parameters_of_quantised_layers_are_refused_and_biases_added(wide, make_adapter):
     whole, _ = make_adapter(wide.base, seed=5, r=2, target_modules=["q_proj"], modules_to_save=["up_proj"])
     problem = Problem(load_config({**wide.config(), "quantization": "4bit"}))

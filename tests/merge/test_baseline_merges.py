@@ -12,6 +12,7 @@ import pytest
 import scipy.linalg
 import torch
 import yaml
+from reference import diagonal_fisher
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -201,14 +202,7 @@ def test_fisher_averaging_is_its_formula_on_dense_fishers(setup, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(setup.base).eval()
     for name, update in dense(setup.safety).items():
         model.get_submodule(name).weight.data += update.float()
-    harm = dict.fromkeys(both, 0.0)
-    for sequence in found:
-        model.zero_grad()
-        ids = torch.tensor([sequence.input_ids])
-        logp = model(ids).logits[0].log_softmax(-1)
-        sum(logp[t - 1, i] for t, i in enumerate(sequence.input_ids) if sequence.is_target[t]).backward()
-        for name in harm:
-            harm[name] = harm[name] + model.get_submodule(name).weight.grad.double() ** 2 / len(found)
+    harm = diagonal_fisher(model, found, list(both))
     sums = result.plan.curvature.statistics.benign
     benign = {name: sums.diagonal_of(name).reshape(f.shape) for name, f in harm.items()}
     for fisher in (harm, benign):

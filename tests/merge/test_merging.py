@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from reference import diagonal_fisher
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -232,16 +233,9 @@ def test_diagonal_sst_is_its_formula_on_dense_fishers(setup):
     found = problem.calibration["harm"][0]
     model = AutoModelForCausalLM.from_pretrained(setup.base).eval()
     both = deltas(setup)
-    harm = {name: 0.0 for name in dense(setup.safety)}
     for name, (u, _) in both.items():
         model.get_submodule(name).weight.data += u.float()
-    for sequence in found:
-        model.zero_grad()
-        ids = torch.tensor([sequence.input_ids])
-        logp = model(ids).logits[0].log_softmax(-1)
-        sum(logp[t - 1, i] for t, i in enumerate(sequence.input_ids) if sequence.is_target[t]).backward()
-        for name in harm:
-            harm[name] = harm[name] + model.get_submodule(name).weight.grad.double() ** 2 / len(found)
+    harm = diagonal_fisher(model, found, list(dense(setup.safety)))
     benign = {name: sums.benign.second[name].double() / sums.benign.count for name in harm}
     mean = sum(b.sum() for b in benign.values()) / sum(b.numel() for b in benign.values())
     for name in harm:

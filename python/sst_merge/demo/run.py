@@ -56,7 +56,7 @@ def run_demo(out: str | Path, seeds: int = 1) -> None:
     atomic.write_text(out / "demo.json", json.dumps(tables, indent=1) + "\n")
     atomic.write_text(out / "demo.md", text)
     print(text)
-    print(f"wrote {out / 'demo.md'}; for each seed: merged/report.md, frontier.png")
+    print(f"wrote {out / 'demo.md'}; for each seed: merged/report.html, frontier.png")
 
 
 def _one_seed(folder: Path, seed: int) -> tuple[list[Measured], list[Measured]]:
