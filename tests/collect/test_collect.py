@@ -91,7 +91,7 @@ def collected_rows(model, bases, cores, ids, mask, repeats: int = 1) -> dict[str
     size, length = ids.shape
     with CoreGradients(model, bases, bases.keys()) as gradients:
         gradients.set_cores(cores)
-        gradients.consume = lambda name, r: rows[name].append(r)
+        gradients.consume = lambda name, g: rows[name].append(g.rows())
         gradients.layout(torch.arange(0, size * length + 1, length), mask.flatten().double())
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         for repeat in range(repeats):
@@ -149,7 +149,7 @@ def test_unwatched_modules_compute_but_give_no_rows():
     rows = {}
     with CoreGradients(model, bases, watched) as gradients:
         gradients.set_cores(cores)
-        gradients.consume = rows.__setitem__
+        gradients.consume = lambda name, g: rows.__setitem__(name, g.rows())
         gradients.layout(torch.tensor([0, 9, 18]), mask.flatten().double())
         loss_of(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask).backward()
     assert list(rows) == watched

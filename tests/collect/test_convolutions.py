@@ -48,7 +48,7 @@ def test_rows_equal_autograd_one_sequence_at_a_time(case):
     rows = {}
     with CoreGradients(model, {"0": basis}, ["0"]) as gradients:
         gradients.set_cores({"0": core})
-        gradients.consume = rows.__setitem__
+        gradients.consume = lambda name, g: rows.__setitem__(name, g.rows())
         gradients.layout(torch.arange(0, len(x) * positions + 1, positions), torch.ones(len(x) * positions))
         output = model(x)
         output.square().sum().backward()
@@ -87,7 +87,7 @@ def test_rows_and_bases_follow_the_devices():
     basis = CoreBasis(orthonormal(7, 2), orthonormal(5, 3))
     rows = {}
     with CoreGradients(nn.Sequential(layer), {"0": basis}, ["0"]) as gradients:
-        gradients.consume = rows.__setitem__
+        gradients.consume = lambda name, g: rows.__setitem__(name, g.rows())
         gradients.layout(torch.tensor([0, 2, 4]), torch.tensor([1, 1, 1, 0]))
         x = torch.randn(4, 5, device=device)
         layer_output = gradients.model(x)
