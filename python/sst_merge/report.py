@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .directions import ALL_MODULES, Directions
+from .directions import Directions
 from .methods import Plan
+from .pencils import ALL_MODULES
 from .problem import Problem
 from .select import filtered_cores
 

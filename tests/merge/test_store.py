@@ -325,13 +325,17 @@ def test_output_never_replaces_statistics_or_data(setup, tmp_path, capsys, lies)
 
 
 def test_the_memory_estimate_knows_the_size_of_the_sums(setup, tmp_path):
-    for representation in ("exact", "gram", "diagonal"):
+    for representation in ("exact", "gram", "diagonal", "kfac", {"harm": "kfac", "benign": "exact"}):
         problem = Problem(load_config(setup.config("sst", fisher=representation, samples=2)))
         statistics = problem.curvature(problem.config.parameters).statistics
         parts = [getattr(statistics, part) for part in PARTS[:4]]
-        held = sum(t.numel() * t.element_size() for p in parts for t in {**p.second, **p.rows}.values())
+        kept = [t for p in parts for t in {**p.second, **p.rows}.values()]
+        factors = [f for p in parts for modules in p.factors.values() for f in modules.values()]
+        kept += [t for f in factors for t in (f.grad_factor, f.input_factor)]
+        held = sum(t.numel() * t.element_size() for t in kept)
         bases = {name: problem.bases[name] for name in statistics.harm.first}
-        assert estimate_memory(problem, bases, representation, "core")["Fisher sums"] == held
+        collected = problem.config.parameters.collected[1]
+        assert estimate_memory(problem, bases, collected, "core")["Fisher sums"] == held
 
 
 def test_what_a_killed_process_left_is_no_obstacle(setup, tmp_path):
