@@ -197,22 +197,25 @@ class FisherSums:
         return torch.cat([self.rows[name].double() for name in names], dim=1)
 
     def quadratic(self, names: Sequence[str], vectors: Tensor) -> Tensor:
-        """vᵀFv for every column v.
+        """vᵀFv for every column v, curvature between modules included where it is kept ("gram").
 
         Args:
-            names: The modules whose coordinates, one after another, the rows of `vectors` are: one, or with "gram"
-                any number.
+            names: The modules whose coordinates, one after another, the rows of `vectors` are.
             vectors: (Σ n, m), float64.
 
         Returns:
             (m,), float64.
         """
-        if all(name in self.rows for name in names):
-            parts = vectors.split([self.rows[name].shape[1] for name in names])
-            image = sum(self.rows[name].double() @ part for name, part in zip(names, parts, strict=True))
-            return image.square().sum(0) / self.count
-        fisher = self.operator(names[0], self.own)
-        return (vectors * ((fisher.to_dense() if isinstance(fisher, Dense) else fisher) @ vectors)).sum(0)
+        parts = dict(zip(names, vectors.split([len(self.first[name]) for name in names]), strict=True))
+        images = {name: self.rows[name].double() @ part for name, part in parts.items() if name in self.rows}
+        if self.representation == "gram":
+            return sum(images.values()).square().sum(0) / self.count
+        total = sum((image.square().sum(0) / self.count for image in images.values()), vectors.new_zeros(()))
+        for name in (name for name in parts if name not in images):
+            fisher = self.operator(name, self.own)
+            metric = fisher.to_dense() if isinstance(fisher, Dense) else fisher
+            total = total + (parts[name] * (metric @ parts[name])).sum(0)
+        return total
 
     def sampling_variance(self, names: Sequence[str]) -> Tensor:
         r"""Σ_ij Var(F_ij) and Σ_i Var(F_ii) of the mean over sequences, estimated: (E‖g‖⁴ − ‖F‖²) / (N − 1).
