@@ -293,7 +293,7 @@ def _checked(key: str, value: Any, annotation: str) -> Any:
     if key in _CHOICES and isinstance(value, str) and value not in _CHOICES[key]:
         near = _did_you_mean(value, _CHOICES[key])
         raise ValueError(f"{key}: expected one of {', '.join(_CHOICES[key])}, got {value!r}{near}")
-    if key in _RANGES:
+    if key in _RANGES and not isinstance(value, str):
         low, high, low_in, high_in = _RANGES[key]
         if not ((low <= value if low_in else low < value) and (value <= high if high_in else value < high)):
             interval = f"{'[' if low_in else '('}{low}, {high}{']' if high_in else ')'}"

@@ -147,7 +147,7 @@ def _module_fisher(sums: FisherSums, name: str, form: FisherForm, shape: tuple[i
     if form.shrinkage == 0:
         return operator, 0.0
     (aim,) = targets([operator], [shape], form.target)
-    s = intensity(sums, [name], form, [aim])
+    s = intensity(sums, form, {name: aim})
     return shrunk(operator, aim, s), s
 
 
@@ -236,7 +236,7 @@ def _unformed(sums: FisherSums, patch: Mapping[str, Tensor], form: FisherForm) -
     if form.shrinkage == 0:
         return _Unformed(rows, None, 0.0)
     aims = targets([sums.operator(name, form.representation) for name in names], shapes, form.target)
-    s = intensity(sums, names, form, aims)
+    s = intensity(sums, form, dict(zip(names, aims, strict=True)))
     if s in (0.0, 1.0):
         return _Unformed(None, aims, s) if s else _Unformed(rows, None, s)
     zero = [Diagonal(torch.zeros_like(aim.diagonal())) for aim in aims]

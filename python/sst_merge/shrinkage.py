@@ -8,24 +8,28 @@ The intensity by formula is that of Ledoit and Wolf (2004): E‖(1−s)F + sT �
     s* = Σ_ij [Var(F_ij) − Cov(F_ij, T_ij)] / E‖F − T‖²,
 
 with every moment replaced by its estimate and s* clipped to [0, 1]. For T = diag F the covariances are the variances of
-the diagonal, which drop out: the sums run over i ≠ j (Schäfer and Strimmer 2005, target D). For the Kronecker product,
-of r_out² + r_in² numbers beside n², they are neglected, as Ledoit and Wolf neglect those of their target of one number;
-s* is then too large rather than too small. So it is by the count of sequences (`FisherSums.sampling_variance`).
+the diagonal, which drop out: the sums run over i ≠ j (Schäfer and Strimmer 2005, target D). The nearest Kronecker
+product follows F, to first order, in the tangent space of such products at T, so that its covariances are the variance
+of F within it. Which share of all variance that is, is not kept; it is taken as that of normal gradients,
+Cov(F_ij, F_kl) ∝ F_ik F_jl + F_il F_jk. Samples are sequences (`FisherSums.sampling_variance`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sst_kernels import EKFAC, Diagonal, Gram, Kronecker, Scaled, Sum
-from sst_kernels.operators import Operator
+from sst_kernels.operators import Operator, kronecker_product
 from sst_kernels.simplify import simplified
 
 from .settings import FisherForm
 from .sums import FisherSums
+
+Contraction = Callable[[Tensor], Tensor]
 
 _TOLERANCE = 1e-13  # change of a factor's direction at which the alternation ends
 _ALTERNATIONS = 500
@@ -89,7 +93,7 @@ def nearest_kronecker(operator: Operator, shape: tuple[int, int]) -> Operator:
     return Kronecker(sigma * p, q)
 
 
-def _contractions(operator: Operator, shape: tuple[int, int]):
+def _contractions(operator: Operator, shape: tuple[int, int]) -> tuple[Contraction, Contraction]:
     """Q ↦ tr₂[(I ⊗ Q) F] and P ↦ tr₁[(P ⊗ I) F]."""
     if isinstance(operator, Gram):
         cores = operator.rows.unflatten(-1, shape) / operator.count.sqrt()
@@ -105,27 +109,59 @@ def _contractions(operator: Operator, shape: tuple[int, int]):
     )
 
 
-def intensity(sums: FisherSums, names: Sequence[str], form: FisherForm, aims: Sequence[Operator]) -> float:
+def intensity(sums: FisherSums, form: FisherForm, aims: Mapping[str, Operator]) -> float:
     """s: the number given, or by the formula above.
 
     Args:
         sums: Of the Fisher.
-        names: Modules that are one Fisher: one, or with "gram" any number.
         form: Its intensity and target.
-        aims: T of each.
+        aims: T of each module that is part of this Fisher: of one, or with "gram" of any number.
 
     Returns:
         In [0, 1]; 1 from a single sequence.
     """
     if form.shrinkage != "ledoit_wolf":
         return form.shrinkage
+    names = list(aims)
     variance, norm = sums.sampling_variance(names), sums.squared_norms(names)
     if form.target == "diagonal":
         spread, distance = float(variance[0] - variance[1]), float(norm[0] - norm[1])
     else:
-        spread = float(variance[0])
-        distance = float(norm[0]) - sum(float(_squared_norm(aim)) for aim in aims)
-    return min(1.0, spread / distance) if distance > 0 else float(spread > 0)
+        following = (
+            _share_followed(sums.fisher(name), aim) * sums.sampling_variance([name])[0] for name, aim in aims.items()
+        )
+        spread = float(variance[0] - sum(following))
+        distance = float(norm[0]) - sum(float(_squared_norm(aim)) for aim in aims.values())
+    return min(1.0, spread / distance) if distance > 0 and math.isfinite(spread) else float(spread != 0)
+
+
+def _share_followed(fisher: Tensor, aim: Kronecker) -> Tensor:
+    r"""Variance of F in the tangent space of P ⊗ Q, as a share of all of it, for g ~ N(0, F).
+
+    With P and Q of norm 1 the projection of a deviation E has ‖tr₂[(I⊗Q)E]‖² + ‖tr₁[(P⊗I)E]‖² − tr[(P⊗Q)E]² as its
+    squared norm; the mean of each follows from Cov(F_ij, F_kl) ∝ F_ik F_jl + F_il F_jk, that of ‖E‖² is (tr F)² + ‖F‖².
+
+    Args:
+        fisher: F, (n, n).
+        aim: P ⊗ Q.
+
+    Returns:
+        In [0, 1].
+    """
+    p, q = (factor.to_dense() for factor in (aim.left, aim.right))
+    p, q = p / p.norm(), q / q.norm()
+    blocks = fisher.reshape(len(p), len(q), len(p), len(q)).permute(0, 2, 1, 3)  # (i, k) -> (r_in, r_in)
+    total = _contracted(blocks, q) + _contracted(blocks.permute(2, 3, 0, 1), p)
+    product = kronecker_product(p, q, fisher)
+    total = total - 2 * (product * product.mT).sum()
+    return total / (fisher.trace().square() + fisher.square().sum())
+
+
+def _contracted(blocks: Tensor, q: Tensor) -> Tensor:
+    """Σ_ik tr(B_ii Q B_kk Q) + tr(B_ik Q B_ik Q)."""
+    mean = blocks.diagonal(dim1=0, dim2=1).sum(-1) @ q
+    turned = blocks @ q
+    return (mean * mean.mT).sum() + (turned * turned.mT).sum()
 
 
 def _squared_norm(product: Kronecker) -> Tensor:
