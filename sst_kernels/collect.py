@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from typing import Any, Protocol
 
@@ -121,15 +121,17 @@ class TokenGradients:
         ends = self.cu_seqlens[[0, -1]]
         return khatri_rao_rows(self.inputs, self.grads, ends, self.weight)[0].to(self.device)
 
+    @cached_property
     def expanded(self) -> Rows:
         """(x̂_t, δ̂_t) of each token, with weight w_t where it bears gradient, δ̂_t ≠ 0, and 0 elsewhere."""
         bears = (self.grads != 0).any(1).to(sum_dtype(self.grads.dtype))
         weight = bears if self.weight is None else bears * self.weight
         return Rows(*(tensor.to(self.device) for tensor in (self.inputs, self.grads, weight)))
 
+    @cached_property
     def reduced(self) -> Rows:
         """(mean_t x̂_t, Σ_t δ̂_t) of each sequence, over its tokens that bear gradient; weight 1 if there are any."""
-        return self.expanded().reduced(self.cu_seqlens.to(self.device))
+        return self.expanded.reduced(self.cu_seqlens.to(self.device))
 
 
 class CoreGradients:

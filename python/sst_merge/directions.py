@@ -73,8 +73,8 @@ def find_directions(
         ValueError: A pencil could not be solved; names the module and the remedy.
     """
     names = list(patch)
-    representation = settings.form("benign").representation
-    traces = (float(statistics.benign.operator(name, representation).trace()) for name in names)
+    kept = settings.form("benign").collected  # of EK-FAC: it has the trace of the exact Fisher
+    traces = (float(statistics.benign.operator(name, kept).trace()) for name in names)
     gamma = settings.damping * sum(traces) / sum(tau.numel() for tau in patch.values())
     if not gamma > 0:
         raise ValueError("F_benign is zero: the benign data bear no gradient; check calibration.benign")

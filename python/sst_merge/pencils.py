@@ -121,24 +121,31 @@ def _solve_batch(
     statistics: Statistics, patch: Mapping[str, Tensor], forms: tuple[FisherForm, FisherForm], gamma: float
 ) -> Iterator[SolvedPencil]:
     """All pairs of modules of one n."""
-    sides = [
-        [_module_fisher(sums, name, form, tuple(tau.shape)) for name, tau in patch.items()]
-        for sums, form in zip((statistics.harm, statistics.benign), forms, strict=True)
-    ]
-    a, b = ([operator for operator, _ in side] for side in sides)
-    b = [simplified(Damped(operator, gamma)) for operator in b]
-    n = a[0].n
-    if all(isinstance(operator, Diagonal) for operator in (*a, *b)):
-        pencil = Pencil(*(Diagonal(torch.stack([operator.entries for operator in side])) for side in (a, b)))
-    else:
-        pencil = Pencil(*(torch.stack([_matrix(operator) for operator in side]) for side in (a, b)))
-    result = solve(pencil, n)
-    for i, (name, tau) in enumerate(patch.items()):
-        phi = tau.reshape(-1, 1)
+    a, a_phi, s_harm = _stacked(statistics.harm, patch, forms[0], 0.0)
+    b, b_phi, s_benign = _stacked(statistics.benign, patch, forms[1], gamma)
+    result = solve(Pencil(a, b), a.n)
+    for i, name in enumerate(patch):
         status = _check_solved(name, result, i)
-        products = (a[i] @ phi)[:, 0], (b[i] @ phi)[:, 0]
-        intensities = sides[0][i][1], sides[1][i][1]
-        yield SolvedPencil(name, (name,), result.values[i], result.vectors[i], *products, intensities, status)
+        intensities = s_harm[i], s_benign[i]
+        yield SolvedPencil(name, (name,), result.values[i], result.vectors[i], a_phi[i], b_phi[i], intensities, status)
+
+
+def _stacked(
+    sums: FisherSums, patch: Mapping[str, Tensor], form: FisherForm, gamma: float
+) -> tuple[Operator, list[Tensor], list[float]]:
+    """F + γI of modules of one n in one operator, Diagonal or Dense; its products with the patch, and every s."""
+    operators, products, intensities = [], [], []
+    for name, tau in patch.items():
+        operator, s = _module_fisher(sums, name, form, tuple(tau.shape))
+        phi = tau.reshape(-1, 1)
+        operators.append(operator)
+        products.append((operator @ phi + gamma * phi)[:, 0])
+        intensities.append(s)
+    if all(isinstance(operator, Diagonal) for operator in operators):
+        return Diagonal(torch.stack([operator.entries for operator in operators]) + gamma), products, intensities
+    matrices = torch.stack([_matrix(operator) for operator in operators])
+    matrices.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return Dense(matrices), products, intensities
 
 
 def _module_fisher(sums: FisherSums, name: str, form: FisherForm, shape: tuple[int, int]) -> tuple[Operator, float]:

@@ -78,7 +78,7 @@ class FisherSums:
             total = gradients.total()
             self.first.setdefault(name, torch.zeros_like(total)).add_(total, alpha=weight)
         for kind in self.approximations:
-            rows = gradients.expanded() if kind == "expand" else gradients.reduced()
+            rows = gradients.expanded if kind == "expand" else gradients.reduced
             known = self.factors.setdefault(kind, {})
             if name not in known:
                 spec = LayerSpec("linear", rows.x.shape[1], rows.delta.shape[1])

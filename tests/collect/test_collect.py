@@ -126,7 +126,7 @@ def test_rows_for_kronecker_factors_are_the_tokens_that_bear_gradient(make, modu
         loss_of(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask).backward()
     last = torch.tensor([7, 2, 5])  # position of the last token before one that bears loss
     for name, tokens in seen.items():
-        rows, reduced = tokens.expanded(), tokens.reduced()
+        rows, reduced = tokens.expanded, tokens.reduced
         total = expected[name].sum(0)
         assert_rows_equal({name: tokens.total()}, {name: total})
         outer = rows.delta.mT @ (rows.weight[:, None] * rows.x)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from sst_merge.data import TokenSequence
 from sst_merge.directions import find_directions
 from sst_merge.fisher import CollectionSettings
 from sst_merge.pencils import ALL_MODULES
+from sst_merge.report import _not_converged
 from sst_merge.select import filtered_cores, kept_coefficients
 from sst_merge.settings import SstParameters
 from sst_merge.sums import FisherSums, Statistics
@@ -279,6 +282,16 @@ def test_a_large_module_with_few_rows_has_the_directions_of_its_rows(monkeypatch
     assert {name: len(d.values) for name, d in directions.items()} == {"a": 5, "b": 6, "c": 5}
     a, b = dense_fisher(full.harm, "exact"), dense_fisher(full.benign, "kfac")
     check_against_scipy(statistics, patch, settings, a, b)
+
+
+def test_a_pencil_that_did_not_converge_is_named_with_the_remedy():
+    directions, _ = find_directions(*make_statistics(), SstParameters())
+    assert _not_converged(directions) == []
+    directions["b"] = replace(directions["b"], status="MAX_ITERATIONS")
+    (warning,) = _not_converged(directions)
+    assert re.match(
+        r"1 of 3 pencils did not converge, first that of module 'b' \(MAX_ITERATIONS\): .*raise it", warning
+    )
 
 
 def test_the_kronecker_oracle_holds_on_both_sides():
