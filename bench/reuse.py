@@ -17,6 +17,7 @@ import torch
 from collection import CPU_CASES, CUDA_CASES, Case, make_model, make_sequences, make_updates
 from harness import Limits, Row, arguments, interleaved, limits, report
 from sst_merge.coordinates import core_basis, to_core
+from sst_merge.data import Task
 from sst_merge.fisher import CollectionSettings, Collector, collect_statistics
 from sst_merge.store import FisherFolder
 from sst_merge.sums import Statistics
@@ -32,7 +33,7 @@ def measure(case: Case, repeats: int, machine: Limits, device: torch.device) -> 
     origin, patch = ({name: to_core(bases[name], updates[name][i]) for name in updates} for i in range(2))
     settings = CollectionSettings((0.0,), (1.0,), batch_size=case.batch_size)
     collector, half = Collector(model, bases, origin, patch, settings), len(sequences) // 2
-    data = sequences[:half], sequences[half:]
+    data = [Task("", 1.0, sequences[:half], sequences[half:])]
 
     def gather(folder: FisherFolder | None = None) -> Statistics:
         with collector:

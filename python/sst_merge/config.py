@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from .settings import (
     FisherParameters,
     ModelRef,
     Output,
+    TaskRef,
 )
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -236,12 +238,35 @@ def _section(kind: type, given: Any, where: str, folder: Path = Path()) -> Any:
         raise ValueError(f"{where}: expected a mapping, got {type(given).__name__}")
     known = {f.name: f for f in fields(kind)}
     _refuse_unknown(given, known, where)
-    values = {key: _checked(key, value, str(known[key].type)) for key, value in given.items()}
-    values |= {key: _resolve(values[key], folder) for key in ("model", "harm", "benign") if key in values}
+    lists = {key: _tasks(key, given[key], folder) for key in ("harm", "benign") if isinstance(given.get(key), list)}
+    plain = {key: value for key, value in given.items() if key not in lists}
+    values = lists | {key: _checked(key, value, str(known[key].type)) for key, value in plain.items()}
+    values |= {key: _resolve(values[key], folder) for key in ("model", "harm", "benign", "data") if key in plain}
     for f in fields(kind):
         if f.default is MISSING and f.name not in values:
             raise ValueError(f"{where} lacks `{f.name}`")
     return kind(**values)
+
+
+def _tasks(kind: str, entries: list[Any], folder: Path) -> tuple[TaskRef, ...]:
+    """The tasks of a kind of calibration data, each with its name."""
+    where, tasks = f"calibration.{kind}", []
+    if not entries:
+        raise ValueError(f"{where}: the list is empty; give a path, or entries such as {{data: file.jsonl}}")
+    for entry in entries:
+        task = _section(TaskRef, entry, f"an entry of {where}", folder)
+        name = re.sub(r"[^\w.-]+", "_", Path(task.data).stem) if task.name is None else task.name
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"{where}: name: expected letters, digits and any of _ . - alone, got {name!r}")
+        tasks.append(replace(task, name=name))
+    for what, keys in (
+        ("name", [task.name.casefold() for task in tasks]),
+        ("file", [os.path.realpath(task.data) for task in tasks]),
+    ):
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            remedy = "give each entry a name of its own" if what == "name" else "give it once, with a larger weight"
+            raise ValueError(f"{where}: two entries have the {what} {twice!r}; {remedy}")
+    return tuple(tasks)
 
 
 def _resolve(path: Any, folder: Path) -> str:
@@ -263,6 +288,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def _checked(key: str, value: Any, annotation: str) -> Any:
     """The value of one key: type, choice and range."""
+    annotation = annotation.replace("tuple[TaskRef, ...]", "list of {data, weight, name}")
     names = [name.strip() for name in annotation.split("|")]
     if value is None and "None" in names:
         return None

@@ -14,6 +14,7 @@ import torch
 from .adapters import Adapter
 from .base import local_folder, weight_map
 from .data import TokenSequence
+from .mixture import part_name
 from .settings import FisherParameters
 
 if TYPE_CHECKING:
@@ -55,9 +56,10 @@ def fingerprint(problem: Problem, parameters: FisherParameters) -> dict[str, Any
     if calibration is not None:
         tree["batches"] = {"batch_size": calibration.batch_size, "packing": calibration.packing}
         tree["data"] = {
-            f"{kind}{held}": [_hash_sequence(s) for s in part]
-            for kind, parts in problem.calibration.items()
-            for held, part in zip(("", "_held"), parts, strict=True)
+            part_name(f"{kind}{held}", task.name): [_hash_sequence(s) for s in part]
+            for kind, tasks in problem.tasks.items()
+            for task in tasks
+            for held, part in (("", task.found), ("_held", task.held))
         }
     return tree
 
@@ -75,7 +77,7 @@ def hash_prompts(problem: Problem, role: str, prompts: Sequence[TokenSequence]) 
     """
     config = problem.config
     said = [_models(problem)["base"], _hash_adapter(getattr(problem, role)), problem.dtype_name, config.quantization]
-    said += [config.calibration.max_new_tokens, [_hash_sequence(s) for s in prompts]]
+    said += [config.calibration.max_new_tokens, [_hash_sequence(s, weighted=False) for s in prompts]]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:_DIGITS]
 
 
@@ -122,7 +124,8 @@ def _hash_adapter(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def _hash_sequence(sequence: TokenSequence) -> str:
-    """Hash of a sequence's tokens and targets."""
-    said = json.dumps([sequence.input_ids, sequence.is_target])
+def _hash_sequence(sequence: TokenSequence, weighted: bool = True) -> str:
+    """Hash of a sequence's tokens, targets and weight, if that is not 1."""
+    weight = [sequence.weight] if weighted and sequence.weight != 1 else []
+    said = json.dumps([sequence.input_ids, sequence.is_target, *weight])
     return hashlib.sha256(said.encode()).hexdigest()[:_DIGITS]

@@ -49,8 +49,9 @@ def estimate_memory(
     points, samples = len(problem.config.parameters.weighted_points[0]), problem.config.parameters.samples
     gradients = [
         points * (samples if kind == "benign" else 1) * len(part)
-        for kind, parts in problem.calibration.items()
-        for part in parts
+        for kind, tasks in problem.tasks.items()
+        for task in tasks
+        for part in (task.found, task.held)
     ]
     entries = sum(_entries(representation, n, count) for count in gradients)
     squares = sum(gradients) * sum(n) if representation == "gram" else sum(i * i for i in n)

@@ -19,7 +19,7 @@ from .calibration import write_generated
 from .card import write_cards
 from .checkpoint import Checkpoint
 from .config import load_config
-from .held_out import Merged, compare, measure, warnings_of
+from .held_out import Merged, compare, compare_tasks, measure, warnings_of
 from .methods import METHODS, Plan
 from .problem import Live, Problem
 from .rendering import write_report
@@ -141,7 +141,9 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool, live: Live |
         )
         report = build_report(problem, plan, list(rows))
         if config.calibration is not None:
-            report["held_out"] = compare(report["strengths"], measure(problem, models))
+            measured = measure(problem, models)
+            report["held_out"] = compare(report["strengths"], measured)
+            report["held_out_tasks"] = compare_tasks(report["strengths"], measured)
             report["warnings"] += warnings_of(report["held_out"])
         if tuning is not None:
             report["tuning"] = tuning.as_report()
@@ -210,7 +212,7 @@ def _subfolder(problem: Problem, alpha: float, folder: Path) -> Path:
 
 def _refuse_inputs(out: Path, config: Config) -> None:
     """ValueError if the output would replace what is being read, or kept."""
-    data = () if config.calibration is None else (config.calibration.harm, config.calibration.benign)
+    data = () if config.calibration is None else config.calibration.files
     kept = () if config.fisher_dir is None else (config.fisher_dir,)
     for source in (config.base_model, config.utility.model, config.safety.model, *data, *kept):
         target, read = out.resolve(), Path(source).resolve()

@@ -16,9 +16,9 @@ from sst_kernels.collect import CoreBasis
 
 from .adapters import Adapter, LowRank, check_compatible, check_fits, read_adapter
 from .base import add_bias, is_quantised, load_base, load_skeleton, offloaded, replace_parameter
-from .calibration import read_calibration
+from .calibration import read_tasks
 from .coordinates import core_basis, to_core, weight_basis
-from .data import TokenSequence
+from .data import Task, TokenSequence
 from .fingerprint import fingerprint
 from .fisher import CollectionSettings, Collector, collect_statistics
 from .memory import check_memory
@@ -71,7 +71,8 @@ class Problem:
     Attributes:
         skeleton: The base model on the meta device (or the live one): its modules and shapes.
         remarks: What the user should know; printed in the report.
-        generated: "harm" or "benign" -> sequences whose answers were generated, once `calibration` was asked for.
+        generated: "harm" or "benign", with "-" and the task's name if it has one -> sequences whose answers were
+            generated, once `tasks` was asked for.
         replaced: The base's own values of whole parameters that only the safety adapter carries, once it is loaded.
 
     Raises:
@@ -164,9 +165,25 @@ class Problem:
         return {**self.utility.saved, **self.safety.saved}
 
     @cached_property
+    def tasks(self) -> dict[str, tuple[Task, ...]]:
+        """Keys "harm" and "benign" -> their tasks."""
+        return {kind: read_tasks(self, kind) for kind in ("harm", "benign")}
+
+    @property
     def calibration(self) -> dict[str, tuple[list[TokenSequence], list[TokenSequence]]]:
-        """Keys "harm" and "benign" -> (found, held-out) sequences."""
-        return {kind: read_calibration(self, kind) for kind in ("harm", "benign")}
+        """Keys "harm" and "benign" -> (found, held-out) sequences of all their tasks."""
+        return {
+            kind: ([s for task in tasks for s in task.found], [s for task in tasks for s in task.held])
+            for kind, tasks in self.tasks.items()
+        }
+
+    @property
+    def weights(self) -> dict[str, dict[str, float]] | None:
+        """Keys "harm" and "benign" -> task's name -> w_t; None without data."""
+        calibration = self.config.calibration
+        if calibration is None:
+            return None
+        return {kind: {task.name: task.weight for task in calibration.tasks(kind)} for kind in ("harm", "benign")}
 
     def curvature(self, parameters: FisherParameters) -> Curvature:
         """Fishers of every module that the patch changes: remembered, else from `fisher_dir`, else collected.
@@ -204,14 +221,14 @@ class Problem:
             raise ValueError("the patch is zero: the safety adapter changes nothing, or both adapters are the same")
         folder = self._fisher_folder(parameters, changed if coordinates == "core" else {})
         if folder is not None and folder.complete:
-            return Curvature(origin, changed, folder.statistics())
+            return Curvature(origin, changed, folder.statistics(self.weights))
         check_memory(self, {name: bases[name] for name in changed}, representation, coordinates)
         if self.config.calibration.packing:
             check_packing(self.model, self.model_config.vocab_size)
         settings = _collection_settings(parameters, self.config)
         with Collector(self.model, bases, origin, changed, settings) as collector:
-            harm, benign = self.calibration["harm"], self.calibration["benign"]
-            return Curvature(origin, changed, collect_statistics(collector, harm, benign, folder))
+            statistics = collect_statistics(collector, self.tasks["harm"], self.tasks["benign"], folder)
+            return Curvature(origin, changed, statistics)
 
     def _fisher_folder(self, parameters: FisherParameters, patch: Mapping[str, Tensor]) -> FisherFolder | None:
         """Where the statistics are kept, if anywhere; the patch shows whether they are in the same coordinates."""

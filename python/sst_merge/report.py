@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .counts import count_sequences, few_effective
 from .directions import ALL_MODULES, Directions
 from .methods import Plan
 from .problem import Problem
@@ -52,14 +53,8 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]]) 
     }
     if plan.curvature is not None:
         statistics, names = plan.curvature.statistics, plan.curvature.patch
-        points = sum(problem.config.parameters.weighted_points[1])
-        report["sequences"] = {
-            kind: {
-                part: round(getattr(statistics, field).count / points)
-                for part, field in (("found", kind), ("held_out", f"{kind}_held"))
-            }
-            for kind in ("harm", "benign")
-        }
+        report["sequences"] = {kind: count_sequences(statistics, kind) for kind in ("harm", "benign")}
+        report["warnings"] += few_effective(report["sequences"])
         report["fisher_trace"] = {
             kind: sum(float(getattr(statistics, kind).diagonal_of(name).sum()) for name in names)
             for kind in ("harm", "benign")

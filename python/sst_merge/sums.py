@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sst_kernels import syrk_accumulate_
+
+if TYPE_CHECKING:
+    from .mixture import Mixture
 
 REPRESENTATIONS = ("exact", "gram", "diagonal")
 
@@ -29,7 +33,9 @@ class FisherSums:
         rows: Module name -> (N, n); those beyond `filled` are still to come.
         filled: Module name -> how many of its rows are there.
         first: Module name -> (n,), Σ w g.
-        count: Σ w over sequences.
+        count: Σ w ω over sequences; ω is the importance of an example, 1 unless its data say otherwise.
+        sequences: Σ w.
+        squares: Σ w ω².
     """
 
     representation: str
@@ -39,26 +45,47 @@ class FisherSums:
     filled: dict[str, int] = field(default_factory=dict)
     first: dict[str, Tensor] = field(default_factory=dict)
     count: float = 0.0
+    sequences: float = 0.0
+    squares: float = 0.0
 
-    def add(self, name: str, rows: Tensor, weight: float) -> None:
-        """Σ ← Σ + w Σ_s g_s g_sᵀ for the rows g_s of one module, in place.
+    @property
+    def effective(self) -> float:
+        """Effective number of sequences, (Σ wω)² / Σ wω² where Σ w over points is 1 (Kish 1965)."""
+        return self.count**2 / self.squares
+
+    def add_count(self, weight: float, importance: Tensor) -> None:
+        """Count sequences, in place.
+
+        Args:
+            weight: w of the point where their gradients are taken.
+            importance: (S,), ω of each.
+        """
+        self.count += weight * float(importance.sum())
+        self.sequences += weight * len(importance)
+        self.squares += weight * float(importance.square().sum())
+
+    def add(self, name: str, rows: Tensor, weight: float, importance: Tensor | None = None) -> None:
+        """Σ ← Σ + w Σ_s ω_s g_s g_sᵀ for the rows g_s of one module, in place.
 
         Args:
             name: Module name.
             rows: (S, n), float32 or float64.
             weight: w.
+            importance: (S,), ω of each row, dtype and device of the rows; None for ones.
         """
         if name not in self.first:
             self._start(name, rows)
-        self.first[name].add_(rows.sum(0), alpha=weight)
+        self.first[name].add_(rows.sum(0) if importance is None else importance @ rows, alpha=weight)
+        if name not in self.rows and self.representation == "exact":
+            syrk_accumulate_(self.second[name], rows, importance, alpha=weight)
+            return
+        rows = rows if importance is None else importance.sqrt()[:, None] * rows
         if name in self.rows:
             start = self.filled[name]
             self.filled[name] = start + len(rows)
             self.rows[name][start : self.filled[name]] = math.sqrt(weight) * rows
         elif self.representation == "diagonal":
             self.second[name].add_(rows.square().sum(0), alpha=weight)
-        elif self.representation == "exact":
-            syrk_accumulate_(self.second[name], rows, alpha=weight)
 
     def _start(self, name: str, like: Tensor) -> None:
         """Zeros for one module."""
@@ -133,7 +160,9 @@ class FisherSums:
                 f"{other.representation!r} over {len(other.first)} do not add up; collect both alike"
             )
         capacity = None if None in (self.capacity, other.capacity) else self.capacity + other.capacity
-        total = FisherSums(self.representation, capacity, count=self.count + other.count)
+        total = FisherSums(self.representation, capacity)
+        for number in ("count", "sequences", "squares"):
+            setattr(total, number, getattr(self, number) + getattr(other, number))
         for name in self.first:
             total.first[name] = self.first[name] + other.first[name]
             if total.keeps_rows(len(total.first[name])):
@@ -160,14 +189,14 @@ class FisherSums:
             **{f"first/{name}": tensor for name, tensor in self.first.items()},
         }
 
-    def load(self, tensors: Mapping[str, Tensor], count: float) -> None:
+    def load(self, tensors: Mapping[str, Tensor], counts: Sequence[float]) -> None:
         """Take up what `tensors` gave, to go on from there.
 
         Args:
             tensors: By flat keys; moved nowhere, kept as they are.
-            count: Σ w so far.
+            counts: `count`, `sequences` and `squares` so far.
         """
-        self.count = count
+        self.count, self.sequences, self.squares = counts
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "rows":
@@ -184,18 +213,18 @@ class Statistics:
     """Fishers of both kinds, from sequences that find directions and from held-out ones that judge them.
 
     Attributes:
-        harm: Empirical Fisher of refusals.
+        harm: Empirical Fisher of refusals; of several tasks, a `Mixture`, as every field.
         benign: True Fisher of the model's own behaviour.
         harm_held: As `harm`, held-out sequences.
         benign_held: As `benign`, held-out sequences.
         origin: Σ g of log p(refusal) at θ_ft over the sequences of `harm`; its mean carries the sign.
     """
 
-    harm: FisherSums
-    benign: FisherSums
-    harm_held: FisherSums
-    benign_held: FisherSums
-    origin: FisherSums
+    harm: FisherSums | Mixture
+    benign: FisherSums | Mixture
+    harm_held: FisherSums | Mixture
+    benign_held: FisherSums | Mixture
+    origin: FisherSums | Mixture
 
     def gradient(self, name: str) -> Tensor:
         """ḡ, the mean gradient of log p(refusal) at θ_ft: (n,), float64."""

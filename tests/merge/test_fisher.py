@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sst_kernels.collect import CoreBasis
 from sst_kernels.labels import counter_uniform
-from sst_merge.data import TokenSequence
+from sst_merge.data import Task, TokenSequence
 from sst_merge.fisher import (
     CollectionSettings,
     Collector,
@@ -193,16 +193,16 @@ def sampled_labels(model, bases, cores, sequence: TokenSequence, seed: int) -> l
 
 def test_statistics_take_each_fisher_from_its_sequences_labels_and_points():
     model, (bases, origin, patch), sequences = make_model(), make_problem(), make_sequences([5, 9, 3, 6, 7, 4])
-    harm, benign = (sequences[:2], sequences[2:3]), (sequences[3:5], sequences[5:])
+    harm, benign = Task("", 1.0, sequences[:2], sequences[2:3]), Task("", 1.0, sequences[3:5], sequences[5:])
     settings = CollectionSettings(points=(0.25, 0.5), point_weights=(0.75, 0.25), seed=5)
     with Collector(model, bases, origin, patch, settings) as collector:
-        statistics = collect_statistics(collector, harm, benign)
+        statistics = collect_statistics(collector, [harm], [benign])
     points = {t: {n: origin[n] + t * patch[n] for n in NAMES} for t in (0.0, 0.25, 0.5)}
     for sums, part, sampled in (
-        (statistics.harm, harm[0], False),
-        (statistics.harm_held, harm[1], False),
-        (statistics.benign, benign[0], True),
-        (statistics.benign_held, benign[1], True),
+        (statistics.harm, harm.found, False),
+        (statistics.harm_held, harm.held, False),
+        (statistics.benign, benign.found, True),
+        (statistics.benign_held, benign.held, True),
     ):
         expected = {n: torch.zeros(6, 6, dtype=torch.float64) for n in NAMES}
         for (t, weight), s in itertools.product(((0.25, 0.75), (0.5, 0.25)), part):
@@ -212,7 +212,7 @@ def test_statistics_take_each_fisher_from_its_sequences_labels_and_points():
         for n in NAMES:
             torch.testing.assert_close(sums.fisher(n), expected[n], rtol=1e-5, atol=1e-7)
     for n in NAMES:
-        mean = sum(dense_gradient(model, bases, points[0.0], s, s.input_ids)[n] for s in harm[0]) / 2
+        mean = sum(dense_gradient(model, bases, points[0.0], s, s.input_ids)[n] for s in harm.found) / 2
         torch.testing.assert_close(statistics.gradient(n), mean, rtol=1e-5, atol=1e-7)
 
 
