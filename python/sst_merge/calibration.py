@@ -14,10 +14,8 @@ from .data import (
     CONTENT_MASK,
     NO_LOSS,
     Example,
-    Task,
     TokenSequence,
     read_examples,
-    split_held_out,
     tokenize,
     tokenize_prompts,
 )
@@ -26,6 +24,7 @@ from .generate import generate_answers
 from .mixture import part_name
 from .settings import ROLES, TaskRef
 from .store import ANSWERS_NAME, load_answers, save_answers
+from .tasks import Task, split_held_out
 
 if TYPE_CHECKING:
     from .problem import Problem

@@ -70,6 +70,7 @@ _RANGES = {  # name -> (low, high, low included, high included)
     "damping": (0.0, math.inf, False, False),
     "mu": (0.0, math.inf, False, False),
     "rho": (0.0, math.inf, False, False),
+    "steps": (1, math.inf, True, False),
     "share": (0.0, 1.0, False, True),
     "epsilon": (0.0, math.inf, False, False),
     "beta": (0.0, 1.0, True, True),
@@ -192,6 +193,7 @@ def _check(config: Config) -> None:
     _check_k(config.parameters)
     _check_points(config.parameters)
     _check_rho(config.parameters)
+    _check_steps(config)
     if config.tune and (config.merge_method != "sst" or config.calibration is None):
         raise ValueError("tune: only merge_method sst is tuned, and on held-out sequences of `calibration`")
     if len(set(config.alphas)) < len(config.alphas):
@@ -259,13 +261,10 @@ def _tasks(kind: str, entries: list[Any], folder: Path) -> tuple[TaskRef, ...]:
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"{where}: name: expected letters, digits and any of _ . - alone, got {name!r}")
         tasks.append(replace(task, name=name))
-    for what, keys in (
-        ("name", [task.name.casefold() for task in tasks]),
-        ("file", [os.path.realpath(task.data) for task in tasks]),
-    ):
+    names, files = [task.name.casefold() for task in tasks], [os.path.realpath(task.data) for task in tasks]
+    for what, keys, remedy in (("file", files, "once, with a larger weight"), ("name", names, "each its own `name`")):
         if twice := next((key for key in keys if keys.count(key) > 1), None):
-            remedy = "give each entry a name of its own" if what == "name" else "give it once, with a larger weight"
-            raise ValueError(f"{where}: two entries have the {what} {twice!r}; {remedy}")
+            raise ValueError(f"{where}: two entries have the {what} {twice!r}; give {remedy}")
     return tuple(tasks)
 
 
@@ -338,6 +337,16 @@ def _check_rho(parameters: Any) -> None:
             f"rho: select: {parameters.select} needs rho, what the merge may cost in nats per sequence (½φᵀBφ); the "
             "report of another selection says what the whole patch costs"
         )
+
+
+def _check_steps(config: Config) -> None:
+    """Several steps go neither with tuning nor with `signed`."""
+    if getattr(config.parameters, "steps", 1) == 1:
+        return
+    if config.tune:
+        raise ValueError("tune: every candidate of several steps needs Fishers of its own; tune with steps: 1")
+    if config.parameters.select == "signed":
+        raise ValueError("steps: select: signed takes no part of the patch, so that none remains; use steps: 1")
 
 
 def _check_points(parameters: Any) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from .adapters import Adapter
 from .base import local_folder, weight_map
@@ -81,6 +83,23 @@ def hash_prompts(problem: Problem, role: str, prompts: Sequence[TokenSequence]) 
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:_DIGITS]
 
 
+def hash_cores(*groups: Mapping[str, Tensor]) -> str:
+    """Hash of cores, bit by bit.
+
+    Args:
+        groups: Module name -> core.
+
+    Returns:
+        Hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for cores in groups:
+        for name, core in cores.items():
+            digest.update(f"{name} {tuple(core.shape)} {core.dtype}\n".encode())
+            digest.update(_bytes(core))
+    return digest.hexdigest()[:_DIGITS]
+
+
 def _models(problem: Problem) -> dict[str, str]:
     """Hashes of base and adapters."""
     return {
@@ -120,8 +139,13 @@ def _hash_adapter(adapter: Adapter) -> str:
     tensors |= {f"{name} down": u.down for name, u in adapter.updates.items()}
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor's entries."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _hash_sequence(sequence: TokenSequence, weighted: bool = True) -> str:

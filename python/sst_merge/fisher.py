@@ -22,11 +22,12 @@ from sst_kernels.collect import CoreBasis, CoreGradients
 from sst_kernels.labels import counter_uniform, sample_labels
 
 from .base import input_device
-from .data import Task, TokenSequence
+from .data import TokenSequence
 from .mixture import mix_parts, part_name
 from .packing import Batch, batches, count_batches
 from .store import FisherFolder, Progress
 from .sums import FisherSums, Statistics
+from .tasks import Task
 
 Save = Callable[[FisherSums, int], None]
 """(sums, number of batches in them)."""
@@ -211,7 +212,11 @@ def _check_complete(sums: FisherSums, names: Iterable[str]) -> None:
 
 
 def collect_statistics(
-    collector: Collector, harm: Sequence[Task], benign: Sequence[Task], folder: FisherFolder | None = None
+    collector: Collector,
+    harm: Sequence[Task],
+    benign: Sequence[Task],
+    folder: FisherFolder | None = None,
+    title: str = "",
 ) -> Statistics:
     """Both Fishers, from found and held-out sequences of every task, and ḡ at θ_ft.
 
@@ -220,6 +225,7 @@ def collect_statistics(
         harm: Tasks of prompts with refusals.
         benign: Tasks of what should not change.
         folder: Where the sums are kept, every few batches; a collection that is there in part is gone on with.
+        title: Before what the progress bar says.
 
     Returns:
         The statistics.
@@ -233,8 +239,11 @@ def collect_statistics(
         0 if folder is None else folder.batches_done(p.name, total)
         for p, total in zip(parts.values(), totals, strict=True)
     ]
+    sums = {}
     with tqdm(total=sum(totals), initial=sum(done), unit="batch", leave=False) as bar:
-        sums = {key: _collect_part(collector, part, folder, bar) for key, part in parts.items()}
+        for key, part in parts.items():
+            bar.set_description(title + part.name.replace("_", " "))
+            sums[key] = _collect_part(collector, part, folder, bar)
     return mix_parts(sums, {"harm": {t.name: t.weight for t in harm}, "benign": {t.name: t.weight for t in benign}})
 
 
@@ -257,7 +266,6 @@ def _parts(s: CollectionSettings, harm: Sequence[Task], benign: Sequence[Task]) 
 
 def _collect_part(collector: Collector, part: Part, folder: FisherFolder | None, bar: tqdm) -> FisherSums:
     """One part, from the folder as far as it is there."""
-    bar.set_description(part.name.replace("_", " "))
     if folder is None:
         return collector.collect(part, bar=bar)
     saved = folder.load(part.name, part.empty(collector.settings.samples))

@@ -17,9 +17,9 @@ from sst_kernels.collect import CoreBasis, CoreGradients
 
 from .adapters import LowRank
 from .base import input_device
-from .data import Task
 from .packing import Batch, batches
 from .problem import Problem
+from .tasks import Task
 
 _POSITIONS_AT_ONCE = 512  # bounds the float32 copies of the logits
 _BEYOND = 10.0  # times the predicted KL

@@ -78,7 +78,7 @@ def merge(
 
     Cost: for the statistics, unless they are there, forward and backward passes over the calibration sequences at each
     point of the path, and at θ_ft over the harmful ones; then 1 + (number of strengths) forward passes over those held
-    out.
+    out. With `steps`, the first for θ_ft and one more collection for each further step of each strength.
     """
     config = load_config(config, **overrides)
     if merge_into_base:
@@ -143,7 +143,8 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool, live: Live |
         if config.calibration is not None:
             measured = measure(problem, models)
             report["held_out"] = compare(report["strengths"], measured)
-            report["held_out_tasks"] = compare_tasks(report["strengths"], measured)
+            if by_task := compare_tasks(report["strengths"], measured):
+                report["held_out_tasks"] = by_task
             report["warnings"] += warnings_of(report["held_out"])
         if tuning is not None:
             report["tuning"] = tuning.as_report()

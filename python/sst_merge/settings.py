@@ -93,6 +93,8 @@ class SstParameters(FisherParameters):
         scope: Of top_k and dof: "module", k in every module; or "global", k over all modules by one ranking.
         mu: μ > 0 of soft and dof; the median λ when null.
         rho: ρ > 0 of budget and signed, nats per sequence: what the merged patch may cost, ½φᵀBφ.
+        steps: n; with more than one, the merge is made in n steps, Fishers taken afresh where each begins: a
+            collection for every strength and every step but the first.
     """
 
     fisher: str = "exact"
@@ -103,6 +105,7 @@ class SstParameters(FisherParameters):
     scope: str = "module"
     mu: float | None = None
     rho: float | None = None
+    steps: int = 1
 
     @property
     def collected(self) -> tuple[str, str]:

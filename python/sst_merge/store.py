@@ -28,7 +28,7 @@ FINGERPRINT_NAME = "fisher.json"
 PATCH_NAME = "patch.safetensors"
 ANSWERS_NAME = "answers-{kind}-{digest}.json"
 PARTS = tuple(f.name for f in fields(Statistics))
-STEP_NAME = "step-{number}-{digest}"
+STEP_NAME = "step-{step}-{digest}"
 SAVE_EVERY = 4  # batches
 SAVE_SHARE = 10  # a save waits until this many times what the last one took has passed
 
@@ -239,7 +239,7 @@ def _refuse_foreign(path: Path) -> None:
     if not path.exists():
         return
     ours = {FINGERPRINT_NAME, PATCH_NAME, *(f"{part}.safetensors" for part in PARTS)}
-    patterns = *_LEFT, ANSWERS_NAME.format(kind="*", digest="*"), STEP_NAME.format(number="*", digest="*")
+    patterns = *_LEFT, ANSWERS_NAME.format(kind="*", digest="*"), STEP_NAME.format(step="*", digest="*")
     patterns += tuple(f"{part}-*.safetensors" for part in PARTS)
     if not path.is_dir() or any(
         file.name not in ours and not any(map(file.match, patterns)) for file in path.iterdir()

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sst_kernels.collect import CoreBasis
 from sst_kernels.labels import counter_uniform
-from sst_merge.data import Task, TokenSequence
+from sst_merge.data import TokenSequence
 from sst_merge.fisher import (
     CollectionSettings,
     Collector,
@@ -20,6 +20,7 @@ from sst_merge.fisher import (
 )
 from sst_merge.packing import batches
 from sst_merge.sums import FisherSums
+from sst_merge.tasks import Task
 
 NAMES = {"model.layers.0.self_attn.v_proj": (8, 8), "model.layers.1.mlp.gate_proj": (12, 8)}
 VOCABULARY = 7

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sst_merge import load_config, merge
 from sst_merge.cli import main
-from sst_merge.data import read_examples, split_held_out, tokenize
+from sst_merge.data import read_examples, tokenize
 from sst_merge.held_out import warnings_of
 from sst_merge.report import _not_surviving
+from sst_merge.tasks import split_held_out
 
 
 def run(config: dict, tmp_path: Path, *arguments: str) -> dict:
