@@ -71,19 +71,24 @@ def _add_part(written: FisherFolder, part: str, folders: Sequence[FisherFolder])
 
 def _sources(folders: Sequence[Path], fingerprints: Sequence[Mapping[str, Any]]) -> dict[str, range]:
     """Kind -> which of the folders are added up for it; ValueError if their data do not add up."""
+    for kind in _KINDS:
+        _refuse_names_beside_none(kind, folders, [tasks_of(known)[kind] for known in fingerprints])
     given = {kind: [_data_of(kind, known) for known in fingerprints] for kind in _KINDS}
     alike = [kind for kind, data in given.items() if all(other == data[0] for other in data)]
     once = alike if len(alike) < len(_KINDS) else []
-    for kind in _KINDS:
-        named = [tasks_of(known)[kind] != ("",) for known in fingerprints]
-        if any(named) and not all(named):
-            raise ValueError(
-                f"fisher --add: the tasks of {kind} have names in {folders[named.index(True)]}, and its one task has "
-                f"none in {folders[named.index(False)]}; collect that again with calibration.{kind} as a list of tasks"
-            )
-        if kind not in once:
-            _refuse_overlap(kind, [{s for part in data.values() for s in part} for data in given[kind]])
+    for kind in (kind for kind in _KINDS if kind not in once):
+        _refuse_overlap(kind, [{s for part in data.values() for s in part} for data in given[kind]])
     return {kind: range(1 if kind in once else len(folders)) for kind in _KINDS}
+
+
+def _refuse_names_beside_none(kind: str, folders: Sequence[Path], tasks: Sequence[tuple[str, ...]]) -> None:
+    """ValueError if tasks of a kind have names in some folders, and its one task has none in another."""
+    named = [names != ("",) for names in tasks]
+    if any(named) and not all(named):
+        raise ValueError(
+            f"fisher --add: the tasks of {kind} have names in {folders[named.index(True)]}, and its one task has none "
+            f"in {folders[named.index(False)]}; collect that again with calibration.{kind} as a list of tasks"
+        )
 
 
 def _data_of(kind: str, fingerprint: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -277,6 +277,9 @@ def _sst(problem: Problem, parameters: SstParameters) -> Plan:
     def steps(alpha: float) -> Walk:
         return walk(problem, parameters, alpha, (curvature, directions))
 
+    for alpha in parameters.alpha if isinstance(parameters.alpha, tuple) else (parameters.alpha,):
+        steps(alpha)
+
     def update(name: str, alpha: float) -> Tensor:
         return steps(alpha).cores[name] if name in curvature.patch else curvature.origin[name]
 

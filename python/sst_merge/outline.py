@@ -186,7 +186,7 @@ def _held_out(report: Mapping[str, Any]) -> Section:
 
 def _tasks(report: Mapping[str, Any]) -> Section:
     """Which task pays, which gains."""
-    text = "The same, task by task: every mean is of one task, and not multiplied by its weight, as it is in the sums above."
+    text = "The same, task by task: means of one task each; the figures above are their sums, each times its weight."
     rows = report.get("held_out_tasks", ())
     return Section("Held out, by task", text=[text] if rows else (), rows=rows)
 
@@ -196,8 +196,8 @@ def _steps(report: Mapping[str, Any]) -> Section:
     text = (
         "Every step as the quadratic model where it begins predicts it, by Fishers taken there: KL and change of log "
         "p(refusal) in nats per sequence, and of the patch that remained the shares of gain and squared norm that were "
-        "kept. Predictions of the strengths above are those of the whole way: lengths √(2 KL) add up, and so do changes "
-        "of log p. Directions and modules below are those of the first step."
+        "kept. Predictions of the strengths above are those of the whole way: lengths √(2 KL) add up, and so do "
+        "changes of log p. Directions and modules below are those of the first step."
     )
     rows = report.get("steps", ())
     return Section("Steps", text=[text] if rows else (), rows=rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +123,39 @@ def test_results_do_not_depend_on_batch_size_or_order():
     for sampled, sums in results[2:]:
         for name in NAMES:
             torch.testing.assert_close(sums.fisher(name), results[sampled][1].fisher(name), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("representation", ["exact", "gram", "diagonal"])
+@pytest.mark.parametrize("count", [2, 9])
+def test_importance_weights_against_dense_gradients(representation, count):
+    """F = Σ ω g gᵀ / Σ ω, matrices and rows; whole weights are the same as so many copies."""
+    model, (bases, origin, patch) = make_model(), make_problem()
+    sequences = make_sequences([5, 9, 3, 6, 7, 4, 5, 6, 8][:count])
+    weighted = [replace(s, weight=w) for s, w in zip(sequences, [2.0, 0.5, 1.0, 3.0, *[1.0] * 5], strict=False)]
+    settings = CollectionSettings(representation=representation, batch_size=3)
+    points = {0.0: 0.25, 0.5: 0.75}
+    sums = collect(model, bases, origin, patch, settings, weighted, sampled=False, points=points)
+    total = sum(s.weight for s in weighted)
+    assert (sums.count, sums.sequences) == (total, count)
+    assert sums.effective == pytest.approx(total**2 / sum(s.weight**2 for s in weighted))
+    for name in NAMES:
+        expected, mean = 0, 0
+        for (t, w), s in itertools.product(points.items(), weighted):
+            g = dense_gradient(model, bases, {n: origin[n] + t * patch[n] for n in NAMES}, s, s.input_ids)[name]
+            expected, mean = expected + w * s.weight * torch.outer(g, g) / total, mean + w * s.weight * g / total
+        torch.testing.assert_close(
+            sums.fisher(name), expected.diagonal() if representation == "diagonal" else expected, rtol=1e-5, atol=1e-7
+        )
+        torch.testing.assert_close(sums.mean_gradient(name), mean, rtol=1e-5, atol=1e-7)
+    doubled = [replace(s, weight=2.0 if i == 1 else 1.0) for i, s in enumerate(sequences)]
+    copied = [*sequences, sequences[1]]
+    for sampled in (False, True):
+        ours, theirs = (
+            collect(model, bases, origin, patch, settings, data, sampled=sampled, points=points)
+            for data in (doubled, copied)
+        )
+        for name in NAMES:
+            torch.testing.assert_close(ours.fisher(name), theirs.fisher(name), rtol=1e-9, atol=1e-12)
 
 
 def exact_true_fisher(model, bases, cores, sequence: TokenSequence) -> dict[str, torch.Tensor]:
