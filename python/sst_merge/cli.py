@@ -73,7 +73,7 @@ def _fisher(args: argparse.Namespace) -> None:
     if (args.config is None) == (args.add is None):
         raise ValueError("fisher: give a config to collect by, or --add with folders to sum")
     if args.add:
-        from .store import add_folders
+        from .adding import add_folders
 
         add_folders(args.add, args.out)
     else:

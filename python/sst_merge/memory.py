@@ -49,8 +49,8 @@ def estimate_memory(
     n = [basis.n for basis in bases.values()]
     points, samples = len(problem.config.parameters.weighted_points[0]), problem.config.parameters.samples
     gradients = {
-        kind: [points * (samples if kind == "benign" else 1) * len(part) for part in parts]
-        for kind, parts in problem.calibration.items()
+        kind: [points * (samples if kind == "benign" else 1) * len(part) for t in tasks for part in (t.found, t.held)]
+        for kind, tasks in problem.tasks.items()
     }
     shapes = [basis.core_shape for basis in bases.values()]
     kept = dict(zip(KINDS, representations, strict=True))

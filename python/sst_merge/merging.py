@@ -19,7 +19,7 @@ from .calibration import write_generated
 from .card import write_cards
 from .checkpoint import Checkpoint
 from .config import load_config
-from .held_out import Merged, compare, measure, warnings_of
+from .held_out import Merged, compare, compare_tasks, measure, warnings_of
 from .methods import METHODS, Plan
 from .problem import Live, Problem
 from .rendering import write_report
@@ -78,7 +78,7 @@ def merge(
 
     Cost: for the statistics, unless they are there, forward and backward passes over the calibration sequences at each
     point of the path, and at θ_ft over the harmful ones; then 1 + (number of strengths) forward passes over those held
-    out.
+    out. With `steps`, the first for θ_ft and one more collection for each further step of each strength.
     """
     config = load_config(config, **overrides)
     if merge_into_base:
@@ -141,7 +141,10 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool, live: Live |
         )
         report = build_report(problem, plan, list(rows))
         if config.calibration is not None:
-            report["held_out"] = compare(report["strengths"], measure(problem, models))
+            measured = measure(problem, models)
+            report["held_out"] = compare(report["strengths"], measured)
+            if by_task := compare_tasks(report["strengths"], measured):
+                report["held_out_tasks"] = by_task
             report["warnings"] += warnings_of(report["held_out"])
         if tuning is not None:
             report["tuning"] = tuning.as_report()
@@ -210,7 +213,7 @@ def _subfolder(problem: Problem, alpha: float, folder: Path) -> Path:
 
 def _refuse_inputs(out: Path, config: Config) -> None:
     """ValueError if the output would replace what is being read, or kept."""
-    data = () if config.calibration is None else (config.calibration.harm, config.calibration.benign)
+    data = () if config.calibration is None else config.calibration.files
     kept = () if config.fisher_dir is None else (config.fisher_dir,)
     for source in (config.base_model, config.utility.model, config.safety.model, *data, *kept):
         target, read = out.resolve(), Path(source).resolve()
