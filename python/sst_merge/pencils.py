@@ -99,7 +99,8 @@ def solve_pencils(
     if any(form.representation == "gram" for form in forms):
         yield _solve_unformed(ALL_MODULES, statistics, patch, forms, gamma)
         return
-    small = {name: tau for name, tau in patch.items() if tau.numel() <= ALL_PAIRS_UP_TO}
+    closed = all(form.representation == "diagonal" for form in forms)
+    small = {name: tau for name, tau in patch.items() if closed or tau.numel() <= ALL_PAIRS_UP_TO}
     for group in _batches_of_equal_n(small):
         yield from _solve_batch(statistics, {name: patch[name] for name in group}, forms, gamma)
     for name, tau in patch.items():

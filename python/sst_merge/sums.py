@@ -8,9 +8,9 @@ of its Kronecker approximation F ≈ grad_factor ⊗ input_factor (Martens and G
 - *reduce* takes x̂_t as constant over a sequence, g_s ≈ (Σ_t δ̂_t) ⊗ (mean_t x̂_t), and has the same formula with
   sequences for tokens.
 
-T counts the tokens (sequences) that bear gradient in that module, δ̂_t ≠ 0: later tokens than the last that bears loss,
-and before a last layer all that predict nothing, have no say in S_A. So what is appended to a sequence without being
-part of its loss changes nothing, as with F itself.
+T counts the tokens (sequences) that bear gradient in that module, δ̂_t ≠ 0, and S_A sums over them: padding, tokens
+after the last that bears loss and, in a last layer, those that predict nothing are not among them. So what is appended
+to a sequence without being part of its loss changes nothing, as with F itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from .mixture import Mixture
 
 APPROXIMATIONS = ("expand", "reduce")
-REPRESENTATIONS = ("exact", "gram", "diagonal", *(f"kfac_{kind}" for kind in APPROXIMATIONS))
 
 
 @dataclass
@@ -45,7 +44,7 @@ class FisherSums:
     and "gradient" nothing but Σ w g. "exact" and "gram" keep both kinds of factors too, r_out² + r_in² numbers each.
 
     Attributes:
-        representation: One of `REPRESENTATIONS`, or "gradient".
+        representation: "exact", "gram", "diagonal", "kfac_expand", "kfac_reduce" or "gradient".
         capacity: N, how many rows a module will get; None where that is not known (then "exact" keeps matrices).
         second: Module name -> (n, n), only its lower triangle is meaningful; or (n,).
         fourth: Module name of a matrix in `second` -> (2,), float64: Σ w ‖g‖⁴ and Σ w Σ_i g_i⁴.

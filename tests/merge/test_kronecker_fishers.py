@@ -224,7 +224,8 @@ def dense_fisher_held(sums: FisherSums) -> np.ndarray:
     """What held-out sums say of directions: all that is kept."""
     if sums.representation == "gram":
         return dense_fisher(sums, "gram")
-    return scipy.linalg.block_diag(*(sums.fisher(name).numpy() for name in SHAPES))
+    blocks = (sums.fisher(name) for name in SHAPES)
+    return scipy.linalg.block_diag(*((f.diag() if f.ndim == 1 else f).numpy() for f in blocks))
 
 
 def _symmetric(packed: np.ndarray) -> np.ndarray:
@@ -316,6 +317,16 @@ def test_a_large_module_with_few_rows_has_the_directions_of_its_rows(monkeypatch
     assert {name: len(d.values) for name, d in directions.items()} == {"a": 5, "b": 6, "c": 5}
     a, b = dense_fisher(full.harm, "exact"), dense_fisher(full.benign, "kfac")
     check_against_scipy(statistics, patch, settings, a, b)
+
+
+def test_large_diagonal_pencils_keep_their_closed_form(monkeypatch):
+    monkeypatch.setattr(pencils, "ALL_PAIRS_UP_TO", 5)
+    full, patch = make_statistics()
+    settings = SstParameters(fisher="diagonal", damping=0.2, select="soft", mu=0.7)
+    directions, _ = find_directions(make_statistics("diagonal", "diagonal")[0], patch, settings)
+    assert [len(d.values) for d in directions.values()] == [12, 6, 12]
+    a, b = dense_fisher(full.harm, "diagonal"), dense_fisher(full.benign, "diagonal")
+    check_against_scipy(make_statistics("diagonal", "diagonal")[0], patch, settings, a, b)
 
 
 def test_a_pencil_that_did_not_converge_is_named_with_the_remedy():
