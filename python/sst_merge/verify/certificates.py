@@ -29,7 +29,7 @@ def assumptions(s: Solved) -> list[Check]:
 
     Cost: O(n³) flops.
     """
-    norm_a, norm_b, least = s.norms
+    norm_a, norm_b, _ = s.norms
     lowest = float(torch.linalg.eigvalsh(s.a)[0]) / norm_a if norm_a else 0.0
     positive = float(torch.linalg.eigvalsh(s.b)[0]) / norm_b
     summed = "p(n)u: rounding of sums of g gᵀ in the precision u that they are kept in"

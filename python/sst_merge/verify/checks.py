@@ -6,9 +6,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-DECIDABLE = 0.1
-"""A tolerance above this share of the claim's scale decides nothing."""
-
 
 @dataclass(frozen=True)
 class Check:
@@ -21,6 +18,7 @@ class Check:
         margin: How far the claim is from being violated, in units of its scale; of an equation, minus the deviation.
         tolerance: How far below zero rounding can take the margin, in the same units.
         reason: Where the tolerance comes from.
+        limit: A tolerance above it decides nothing.
     """
 
     claim: str
@@ -29,6 +27,7 @@ class Check:
     margin: float
     tolerance: float
     reason: str
+    limit: float = 0.1
 
     @property
     def passed(self) -> bool:
@@ -38,14 +37,12 @@ class Check:
     @property
     def decided(self) -> bool:
         """Whether rounding leaves anything to be decided: a broken claim does not need the tolerance's leave."""
-        return self.tolerance <= DECIDABLE or not self.passed
+        return self.tolerance <= self.limit or not self.passed
 
     @property
     def room(self) -> float:
         """Margin in units of the tolerance: least is worst; −1 is the limit."""
-        if self.tolerance > 0:
-            return self.margin / self.tolerance
-        return self.margin and (float("inf") if self.margin > 0 else float("-inf"))
+        return self.margin / max(self.tolerance, 1e-300)
 
 
 def summarise(checks: Iterable[Check]) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def projection(
 
 
 def _judged(s: Solved, part: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ray of those parts that are more than rounding of their patches, of these patches, and the share η of rounding."""
+    """Ray of the parts that are more than rounding of their patches, of these patches, and the share η of rounding."""
     eta = s.tolerance_b * (s.squared(patches) / s.squared(part).clamp(min=1e-300)).sqrt()
     judged = ~(eta > 0.01)  # NaN is judged, and fails
     return s.ray(part[:, judged]), s.ray(patches[:, judged]), eta[judged]
@@ -222,3 +222,31 @@ def _objective(s: Solved, phi: Tensor, mu: float) -> Tensor:
     """(φ−τ)ᵀA(φ−τ) + μφᵀBφ of every column."""
     rest = phi - s.phi[:, None]
     return (rest * (s.a @ rest)).sum(0) + mu * s.squared(phi)
+
+
+def of_run(s: Solved, coefficients: Tensor, kept: Tensor) -> list[Check]:
+    """What a run kept of its patch: f in [0, 1], falling with λ, so that Ray(Filter(τ)) ≥ Ray(τ) (Chebyshev's sums).
+
+    Args:
+        s: The pencil, its pairs and its patch τ.
+        coefficients: (m,), c as the merge has them.
+        kept: (m,), f_i c_i as the merge has them.
+
+    Returns:
+        Three checks, or two where nothing is kept.
+    """
+    f = torch.where(coefficients != 0, kept / coefficients, torch.nan).cpu()
+    f = f[~f.isnan()]
+    falling = float((f[:-1] - f[1:]).min()) if len(f) > 1 else 0.0
+    inside = float(torch.minimum(f, 1 - f).min()) if len(f) else 0.0
+    tolerance, reason = 4 * EPS, "4ε: of a quotient"
+    checks = [
+        Check("run", s.name, "0 ≤ f ≤ 1 in what the run keeps", inside, tolerance, reason),
+        Check("run", s.name, "f falls with λ in what the run keeps", falling, tolerance, reason),
+    ]
+    step = torch.where(coefficients != 0, kept / coefficients, 0.0).cpu() * s.coefficients
+    if step.any():
+        rays = s.ray(torch.stack([s.vectors @ step, s.phi], 1))
+        margin = float(rays[0] - rays[1]) / s.scale
+        checks.append(Check("run", s.name, "Ray(Filter(τ)) ≥ Ray(τ) of the run's patch", margin, s.tolerance, REASON))
+    return checks

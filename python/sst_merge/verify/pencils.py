@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sst_kernels import Gram, LowRankPlusDiagonal, Pencil
 
-from ..directions import Directions
+from ..directions import ALL_MODULES, Directions
 from ..settings import SstParameters
 from ..sums import Statistics
 from .checks import Check
-from .solved import EPS, Solved
+from .solved import REASON, REASON_B, Solved
 
 STORED_EPS = torch.finfo(torch.float32).eps
+_SIX = "5·10⁻⁶ (six digits are kept) + 4δ"
 
 
 def pencil(statistics: Statistics, names: Sequence[str], parameters: SstParameters, gamma: float) -> Pencil:
@@ -65,36 +67,44 @@ def solved(
     whole = pencil(statistics, d.names, parameters, gamma)
     vectors, checks = d.vectors, []
     if isinstance(whole.A, Gram):
-        parts = (whole.A.rows.mT, whole.B.factor, phi[:, None])
-        basis = torch.linalg.qr(torch.cat([parts[0], parts[1], parts[2] * whole.B.entries[:, None]], 1)
-                                / whole.B.entries[:, None]).Q
+        d_b = whole.B.entries[:, None]
+        parts = (whole.A.rows.mT / d_b, whole.B.factor / d_b, phi[:, None])
+        basis = torch.linalg.qr(torch.cat(parts, 1)).Q
         a, b = (basis.mT @ (side @ basis) for side in (whole.A, whole.B))
         phi, vectors = basis.mT @ phi, basis.mT @ vectors
-        outside = float(((d.vectors - basis @ vectors).norm(dim=0) / d.vectors.norm(dim=0)).max())
+        outside = -float(((d.vectors - basis @ vectors).norm(dim=0) / d.vectors.norm(dim=0)).max())
         a, b = (a + a.mT) / 2, (b + b.mT) / 2
     else:
         a, b = whole.dense()
     s = Solved(name, *(x.cpu() for x in (a, b, d.values, vectors, phi)), stored_eps=STORED_EPS).normalised()
     if isinstance(whole.A, Gram):
         reason = "4p(n)ε κ(B): rounding of the solve with B"
-        checks.append(Check("pencil", name, "v_i in the span of D⁻¹Jᵀ and D⁻¹Kᵀ", -outside, s.tolerance_b, reason))
+        checks.append(Check("pencil", name, "v_i in the span of D⁻¹Jᵀ and D⁻¹Kᵀ", outside, s.tolerance_b, reason))
     return s, checks
 
 
-def recorded(report: Mapping, label: str, s: Solved, scale: float) -> list[Check]:
+def recorded(report: Mapping[str, Any], label: str, d: Directions, s: Solved) -> list[Check]:
     """λ, gain and cost of the whole patch as report.json has them, against those found anew.
 
     Args:
         report: The run's.
         label: Key of its directions.
-        s: The pencil and its pairs.
-        scale: λ₁ before it was put into units of order 1.
+        d: The directions found anew.
+        s: The same pencil, for its tolerance.
 
     Returns:
-        Checks; one that the run has no such pencil fails.
+        Checks; where the run has no such pencil, they fail.
     """
-    reason = "5·10⁻⁶ (six digits are kept) + 4δ"
-    spectrum = report["directions"].get(label, {"value": []})["value"]
-    known = torch.tensor(spectrum, dtype=torch.float64) / scale * s.scale
-    off = float((known - s.values).abs().max()) / s.scale if len(known) == s.m else float("nan")
-    return [Check("record", s.name, "λ in report.json = λ found anew", -off, 5e-6 + s.tolerance, reason)]
+    unit = abs(float(d.values[0])) or 1.0
+    values = torch.tensor(report["directions"].get(label, {"value": []})["value"], dtype=torch.float64)
+    same = len(values) == s.m
+    off = float((values - d.values.cpu()).abs().max()) / unit if same else float("nan")
+    rows = [row for row in report["modules"] if row["module"] == label] if label != ALL_MODULES else [report["joint"]]
+    known = {key: rows[0].get(key, float("nan")) if rows else float("nan") for key in ("gain_full", "cost_full")}
+    gain = abs(known["gain_full"] - d.gain_full) / (unit * d.cost_full)
+    cost = abs(known["cost_full"] - d.cost_full) / d.cost_full
+    return [
+        Check("record", s.name, "λ in report.json = λ found anew", -off, 5e-6 + s.tolerance, _SIX),
+        Check("record", s.name, "φᵀAφ in report.json = found anew", -gain, s.tolerance, REASON),
+        Check("record", s.name, "φᵀBφ in report.json = found anew", -cost, s.tolerance_b, REASON_B),
+    ]

@@ -4,10 +4,10 @@ One bound serves every claim. A backward stable solver's λ̂_i obey
 
     |λ̂_i − λ_i| ≤ p(n) ε (‖A‖‖B⁻¹‖ + κ(B) λ_i)
 
-(Anderson et al. 1999, LAPACK Users' Guide, 4.10), p a slowly growing function; here p(n) = max(n, 16), ε = 2⁻⁵² and, for
-all i, λ_1 on the right: δ λ_1. The pairs are those of a pencil so near that no Rayleigh quotient of the two differs by
-more than δ λ_1, the theorems hold for that pencil exactly, and evaluating a quotient errs by at most δ λ_1 again. A claim
-about two quantities therefore has tolerance 4δ, in units of λ_1: known from A and B before any pair is looked at.
+(Anderson et al. 1999, LAPACK Users' Guide, 4.10), p a slowly growing function; here p(n) = max(n, 16), ε = 2⁻⁵², and
+for all i the bound of λ_1, δ λ_1. The pairs are those of a pencil so near that no Rayleigh quotient of the two differs
+by more than δ λ_1, the theorems hold for that pencil exactly, and evaluating a quotient errs by δ λ_1 at most again. A
+claim about two quantities therefore has tolerance 4δ, in units of λ_1: known from A and B before any pair is looked at.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Solved:
 
     @property
     def p(self) -> int:
-        """p(n)."""
+        """Value of p at n."""
         return max(self.n, 16)
 
     @property
