@@ -27,9 +27,7 @@ def figures(theory: Mapping[str, Any]) -> list[Picture]:
     drawn = [_margins(theory["claims"]), _two_dimensions()]
     if rows := theory["sweep"]:
         drawn += [_kl(rows), _refusal(rows)]
-    if rows := theory["order"]:
-        drawn.append(_order(rows))
-    return drawn
+    return drawn + [_order(i, one) for i, one in enumerate(theory["order"])]
 
 
 def _margins(claims: Sequence[Mapping[str, Any]]) -> Picture:
@@ -122,24 +120,21 @@ def _measured(axes: Axes, rows: Sequence[Mapping[str, Any]], kind: str) -> None:
     axes.errorbar(numbers(rows, "alpha"), values, errors, fmt="o-", c=BLUE, lw=1, ms=3, label="measured")
 
 
-def _order(rows: Sequence[Mapping[str, Any]]) -> Picture:
-    """Measured change of log p(refusal) over Ray, all steps of one predicted cost."""
+def _order(i: int, one: Mapping[str, Any]) -> Picture:
+    """Measured gain over Ray, all steps of one predicted cost."""
     caption = (
-        "Steps of equal predicted cost φᵀBφ: predicted gain per cost against the measured change of log p(refusal), "
-        "bars ± one standard error."
+        f"Steps that cost as much as {one['alpha']:.3g} times the kept patch: predicted gain per cost against the gain "
+        "measured on held-out refusals."
     )
 
     def draw(axes: Axes) -> None:
         kinds = {"kept": BLUE, "whole patch": ORANGE, "dropped": INK}
-        ray, change = numbers(rows, "ray"), numbers(rows, "measured_refusal")
-        errors = np.nan_to_num(numbers(rows, "measured_refusal_se"))
-        for row, x, y, error in zip(rows, ray, change, errors, strict=True):
+        for row in one["rows"]:
             color = kinds.get(row["step"], GREY)
             label = row["step"] if row["step"] in kinds else None
-            axes.errorbar(x, y, error, fmt="o", ms=3, lw=0.8, c=color, label=label)
-        axes.errorbar([], [], fmt="o", ms=3, c=GREY, label="random")
-        axes.axhline(0, ls=":", lw=0.8, c=GREY)
-        axes.set(xscale="log", xlabel="Ray(φ), predicted gain per cost", ylabel=REFUSAL)
+            axes.plot(row["ray"], row["measured_gain"], "o", ms=3, c=color, label=label)
+        axes.plot([], [], "o", ms=3, c=GREY, label="random")
+        axes.set(xscale="log", yscale="log", xlabel="Ray(φ), predicted gain per cost", ylabel="E(Δ log p(refusal))²")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
-    return picture("order", "Order of directions", caption, draw)
+    return picture(f"order_{i}", "Order of directions", caption, draw)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,28 +26,30 @@ def order(
     curvature: Curvature,
     directions: Mapping[str, Directions],
     kept: Mapping[str, Tensor],
-    cost: float,
+    alpha: float,
     rng: torch.Generator,
-) -> tuple[list[dict[str, Any]], float | None]:
-    """Predicted and measured change of log p(refusal) of several steps φ with the same φᵀBφ.
+) -> dict[str, Any]:
+    """Predicted and measured effect of several steps φ that cost as much as α times what the run keeps.
 
     The steps: what the run keeps, the whole patch, what the run drops; the kept directions with random coefficients;
     random filters of the patch; and random directions, isotropic in the metric B. Each has the sign that raises
-    log p(refusal) to first order.
+    log p(refusal) to first order. The gain φᵀAφ is a second moment, so its measured counterpart is E(Δ log p)².
 
     Args:
         problem: Model and data.
         curvature: The run's statistics.
         directions: Of its pencils.
-        kept: Coefficients that the run keeps.
-        cost: φᵀBφ of every step, in nats.
+        kept: Coefficients that the run keeps, not all zero.
+        alpha: α.
         rng: Of random steps.
 
     Returns:
-        A row for every step, and Spearman's rank correlation of Ray(φ) with the measured change.
+        α, the cost φᵀBφ of every step, a row for every step, and Spearman's rank correlations of Ray(φ) with the
+        measured gain and with the measured change.
 
     Cost: 1 + 3 + 3 · `RANDOM` forward passes over the held-out sequences.
     """
+    cost = alpha**2 * sum(float(s.square().sum()) for s in kept.values())
     steps = []
     for name, s in _steps(directions, kept, rng):
         spent = sum(float(x.square().sum()) for x in s.values())
@@ -60,6 +63,7 @@ def order(
         {
             "step": name,
             "ray": sum(float((directions[label].values * x.square()).sum()) for label, x in s.items()) / cost,
+            "measured_gain": m.refusal_change**2 + len(problem.calibration["harm"][1]) * (m.refusal_error or 0) ** 2,
             "predicted_kl": stored_quadratic(curvature, directions, phi) / 2,
             "measured_kl": m.kl,
             "measured_kl_se": m.kl_error,
@@ -69,8 +73,19 @@ def order(
         }
         for (name, s), phi, m in zip(steps, cores, measured, strict=True)
     ]
-    correlation = float(spearmanr(*([row[key] for row in rows] for key in ("ray", "measured_refusal"))).statistic)
-    return rows, correlation if correlation == correlation else None
+    return {
+        "alpha": alpha,
+        "cost": cost,
+        "rows": rows,
+        "correlation_gain": _correlation(rows, "measured_gain"),
+        "correlation_change": _correlation(rows, "measured_refusal"),
+    }
+
+
+def _correlation(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """Spearman's rank correlation of Ray(φ) with a column; None where it has none."""
+    found = float(spearmanr([row["ray"] for row in rows], [row[key] for row in rows]).statistic)
+    return found if math.isfinite(found) else None
 
 
 def _steps(

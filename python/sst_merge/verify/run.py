@@ -226,12 +226,10 @@ def _on_the_model(
     rows, checks, notes = sweep(problem, curvature, directions, phi, settings.alphas, settings.seed)
     tree["notes"] += notes
     ranges = {key: holds(rows, key) for key in ("predicted_kl", "predicted_kl_at_ft")}
-    best = ranges["predicted_kl"] or ranges["predicted_kl_at_ft"]
-    alpha = settings.alphas[0] if best is None else best[1]
-    cost = alpha**2 * sum(float(s.square().sum()) for s in kept[0].values())
-    steps, correlation = order(problem, curvature, directions, kept[0], cost, rng)
-    tree |= {"alpha": kept[1], "sweep": rows, "holds": ranges, "order": steps, "order_cost": cost}
-    tree["order_correlation"] = correlation
+    reached = ranges["predicted_kl"] or ranges["predicted_kl_at_ft"]
+    strengths = dict.fromkeys([settings.alphas[0], settings.alphas[-1] if reached is None else reached[1]])
+    tree |= {"alpha": kept[1], "sweep": rows, "holds": ranges}
+    tree["order"] = [order(problem, curvature, directions, kept[0], alpha, rng) for alpha in strengths]
     return checks
 
 

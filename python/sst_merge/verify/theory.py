@@ -59,7 +59,8 @@ HEADINGS = {
     "limit": (
         "The limit α → 0",
         "KL of benign text is ½α²φᵀFφ and the change of log p(refusal) αḡᵀφ to leading order. Both right sides are "
-        "taken at θ_ft, on the held-out sequences, across all modules.",
+        "taken at θ_ft, on the held-out sequences, across all modules: F over the whole vocabulary by differences of "
+        "forward passes, and by backward passes with drawn labels, as it is collected.",
     ),
     "2-D": (
         "One Fisher is not enough",
@@ -106,7 +107,7 @@ def sections(theory: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Sec
                 Section(title, [text], rows=rows, pictures=shown, bullets=[f"Tolerance: {r}." for r in reasons])
             )
     if theory["sweep"]:
-        found += [_sweep(theory, by_name), _order(theory, by_name)]
+        found += [_sweep(theory, by_name), *_order(theory, by_name)]
     if theory["failures"]:
         found.append(Section("Everything that failed", rows=theory["failures"]))
     return found
@@ -169,16 +170,22 @@ def _sweep(theory: Mapping[str, Any], by_name: Mapping[str, Picture]) -> Section
     )
 
 
-def _order(theory: Mapping[str, Any], by_name: Mapping[str, Picture]) -> Section:
-    """Steps of equal cost."""
-    text = [
-        "Reported, not judged: steps φ of equal predicted cost φᵀBφ, by predicted gain per cost, and what they do on "
-        "the held-out sequences. `ray` is even in the step and counts sensitivity to single refusals; the measured "
-        "change is their mean, so that a high `ray` may come with a small change.",
-    ]
-    facts = {
-        "φᵀBφ of every step, nats": theory["order_cost"],
-        "rank correlation of ray with the measured change": theory["order_correlation"],
-    }
-    rows = sorted(theory["order"], key=lambda row: -row["ray"])
-    return Section("Does the order hold for losses?", text, facts, pictures=[by_name["order"]], rows=rows)
+def _order(theory: Mapping[str, Any], by_name: Mapping[str, Picture]) -> list[Section]:
+    """Steps of equal cost, at each of the sizes."""
+    text = (
+        "Reported, not judged: steps φ that all cost as much as α times the kept patch, φᵀBφ, and what they do on the "
+        "held-out sequences. T1 ranks them by `ray`. The gain φᵀAφ is even in φ and a second moment; its measured "
+        "counterpart is `measured_gain`, E(Δ log p)². The change that is wanted is the mean, `measured_refusal`."
+    )
+    found = []
+    for i, one in enumerate(theory["order"]):
+        facts = {
+            "α": one["alpha"],
+            "φᵀBφ of every step, nats": one["cost"],
+            "rank correlation of ray with the measured gain": one["correlation_gain"],
+            "rank correlation of ray with the measured change": one["correlation_change"],
+        }
+        rows = sorted(one["rows"], key=lambda row: -row["ray"])
+        title = f"Does the order hold for losses? α = {one['alpha']:.3g}"
+        found.append(Section(title, [text], facts, pictures=[by_name[f"order_{i}"]], rows=rows))
+    return found
