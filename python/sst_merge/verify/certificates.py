@@ -13,7 +13,7 @@ from .solved import EPS, REASON, REASON_B, Solved
 
 _FEW = 8  # pairs that the methods for few pairs are asked for
 _ITERATED_FROM = 64  # order from which the iteration is asked too
-_COUNTED = "none: a count; t is 4δλ₁ beside λ_k, and eigenvalues nearer to t than that may fall on either side"
+_COUNTED = "none: a count; t is 4δλ₁ beside λ_k, and λ nearer to t than 2δλ₁ may fall on either side"
 METHODS = ("dense", "lapack", "scipy.linalg.eigh", "auto", "davidson")
 """Solvers that are compared; the last two for few pairs."""
 
@@ -80,7 +80,7 @@ def inertia(s: Solved) -> list[Check]:
             if t <= width and s.m < s.n:
                 continue  # the eigenvalues that are left out are zero
             counted = int(pencil.count_above(t))
-            least, most = (int((s.values > t + x).sum()) for x in (width, -width))
+            least, most = (int((s.values > t + x).sum()) for x in (width / 2, -width / 2))
             off = min(counted - least, most - counted, 0)
             checks.append(Check("inertia", f"{s.name}, k = {k}", _counts(side), off, _undecidable(s), _COUNTED))
     return checks
