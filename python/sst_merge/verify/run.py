@@ -141,9 +141,11 @@ def _planted(tree: dict[str, Any], rng: torch.Generator, settings: Settings) -> 
 
 
 def _claims(s: Solved, tree: dict[str, Any], rng: torch.Generator, count: int, thorough: bool) -> list[Check]:
-    """The claims about one pencil."""
-    checks = [
-        *certificates.assumptions(s),
+    """The claims about one pencil; where A ⪰ 0 or B ≻ 0 fails, the others say nothing."""
+    checks = certificates.assumptions(s)
+    if failures(checks):
+        return checks
+    checks += [
         *certificates.pairs(s),
         *extremal.most_gain(s, rng, count),
         *filters.knapsack(s.name, s.values, s.coefficients, rng, count),
