@@ -1,0 +1,153 @@
+"""Merges that look at entries: linear ones, trims, drops and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def task_arithmetic(utility: Tensor, safety: Tensor, alpha: float | Tensor) -> Tensor:
+    """Δ = Δ_u + αΔ_s (Ilharco et al. 2023).
+
+    Args:
+        utility: Δ_u, any shape.
+        safety: Δ_s, the same shape.
+        alpha: α, or one for every entry.
+
+    Returns:
+        Δ, the same shape.
+    """
+    return utility + alpha * safety
+
+
+def interpolation(utility: Tensor, safety: Tensor, alpha: float | Tensor) -> Tensor:
+    """Δ = (1−α)Δ_u + αΔ_s.
+
+    Args:
+        utility: Δ_u, any shape.
+        safety: Δ_s, the same shape.
+        alpha: α, or one for every entry.
+
+    Returns:
+        Δ, the same shape.
+    """
+    return (1 - alpha) * utility + alpha * safety
+
+
+def keep_largest(values: Tensor, share: float) -> Tensor:
+    """Mask of the `share` of entries of largest value; ties broken by position, lower first.
+
+    Args:
+        values: Any shape, ranked as they are.
+        share: In (0, 1]; at least one entry is kept.
+
+    Returns:
+        bool, the same shape.
+    """
+    count = max(1, round(share * values.numel()))
+    order = values.flatten().argsort(descending=True, stable=True)[:count]
+    mask = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
+    mask[order] = True
+    return mask.reshape(values.shape)
+
+
+def ties(updates: Sequence[Tensor], density: float, scale: float) -> Tensor:
+    """TIES (Yadav et al. 2023, algorithm 1): trim each by magnitude, elect the sign of the sum, mean where they agree.
+
+    Args:
+        updates: Δ of each task, equal shapes.
+        density: Share of entries each task keeps (their "k"), in (0, 1].
+        scale: λ, multiplies the result.
+
+    Returns:
+        Δ, the same shape.
+
+    Example:
+        >>> ties([torch.tensor([4.0, 1.0, 3.0]), torch.tensor([2.0, -5.0, -1.0])], density=2 / 3, scale=1.0)
+        tensor([ 3., -5.,  3.])
+    """
+    trimmed = torch.stack([u * keep_largest(u.abs(), density) for u in updates])
+    elected = trimmed.sum(0).sign()
+    agrees = (trimmed.sign() == elected) & (trimmed != 0)
+    total = (trimmed * agrees).sum(0)
+    return scale * total / agrees.sum(0).clamp(min=1)
+
+
+def dare(update: Tensor, drop: float, generator: torch.Generator) -> Tensor:
+    """DARE (Yu et al. 2024): drop each entry with probability p, rescale the rest by 1/(1−p).
+
+    Args:
+        update: Δ, any shape.
+        drop: p in [0, 1).
+        generator: CPU generator: the mask is the same on every device.
+
+    Returns:
+        Δ, the same shape; its expectation is `update`.
+    """
+    keep = torch.rand(update.shape, generator=generator) >= drop
+    return update * keep.to(update.device) / (1 - drop)
+
+
+def ratio_mask(ratio: Tensor, share: float | None) -> Tensor:
+    """M from r: hard, 1 for the top share of r and 0 elsewhere; or soft, r/max r.
+
+    Args:
+        ratio: r ≥ 0, any shape.
+        share: Share of entries kept by a hard mask; None for the soft mask.
+
+    Returns:
+        m in [0, 1], the same shape and dtype; a soft mask of zeros where every r is zero.
+    """
+    if share is None:
+        return ratio / ratio.max().clamp(min=torch.finfo(ratio.dtype).tiny)
+    return keep_largest(ratio, share).to(ratio.dtype)
+
+
+def diagonal_sst_mask(harm: Tensor, benign: Tensor, epsilon: float, share: float | None) -> Tensor:
+    """M from r_i = f_harm,i/(f_benign,i + ε) (SST-Merge's authors' code).
+
+    Args:
+        harm: Diagonal Fisher of refusals, any shape.
+        benign: Diagonal Fisher of behaviour, the same shape.
+        epsilon: ε, in units of f_benign.
+        share: As for `ratio_mask`.
+
+    Returns:
+        m in [0, 1], the same shape; the merge is Δ_u + α m⊙Δ_s.
+    """
+    return ratio_mask(harm / (benign + epsilon), share)
+
+
+def sst_v_ratio(utility: Tensor, safety: Tensor, epsilon: float) -> Tensor:
+    """r_i = (Δ_s − Δ_u)_i²/(Δ_u,i² + ε): SST-V, squared updates in the place of Fishers; needs no data.
+
+    Source: SST-Merge (public repository shhk-prog/SST-merge). Its data-free code takes Δ_s² as the numerator, one
+    mask over all modules, a sigmoid of the standardised r as the soft one, and lays the mask over lora_A and lora_B;
+    here it is the ratio above, per tensor, in weight coordinates of ΔW, with the masks of `ratio_mask`.
+
+    Args:
+        utility: Δ_u = θ_u − θ_0, any shape.
+        safety: Δ_s, the same shape.
+        epsilon: ε > 0, in units of Δ_u².
+
+    Returns:
+        r ≥ 0, the same shape.
+    """
+    return (safety - utility).square() / (utility.square() + epsilon)
+
+
+def sst_m_ratio(base: Tensor, utility: Tensor, safety: Tensor, epsilon: float) -> Tensor:
+    """r_i = |θ_s,i|/(|θ_u,i| + ε), θ = θ_0 + Δ: SST-M, magnitudes in the place of Fishers; needs no data.
+
+    Args:
+        base: θ_0, any shape.
+        utility: Δ_u, the same shape.
+        safety: Δ_s, the same shape.
+        epsilon: ε > 0, in units of |θ_u|.
+
+    Returns:
+        r ≥ 0, the same shape; near 1 wherever both updates are small beside the weight.
+    """
+    return (base + safety).abs() / ((base + utility).abs() + epsilon)

@@ -1,0 +1,102 @@
+"""Methods that look at entries: TIES, DARE and masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..baselines import dare, diagonal_sst_mask, ratio_mask, sst_m_ratio, sst_v_ratio, task_arithmetic, ties
+from ..directions import shared_damping
+from ..problem import Problem
+from ..settings import DareParameters, DataFreeParameters, DiagonalSstParameters, TiesParameters
+from .plan import Plan, add_filtered, unfiltered
+
+
+def plan_ties(problem: Problem, parameters: TiesParameters) -> Plan:
+    """TIES on the true ΔW; α is the scale λ."""
+
+    def update(name: str, alpha: float) -> Tensor:
+        return ties([u.dense() for u in problem.updates(name)], parameters.density, alpha)
+
+    return Plan(update, False, lambda u, s, scale: ties([u, s], parameters.density, scale))
+
+
+def plan_dare(problem: Problem, parameters: DareParameters) -> Plan:
+    """DARE of both true ΔW, then task arithmetic. The masks depend on seed and module, not on α."""
+
+    def update(name: str, alpha: float) -> Tensor:
+        generator = torch.Generator().manual_seed(parameters.seed * len(problem.names) + problem.names.index(name))
+        utility, safety = (dare(u.dense(), parameters.drop, generator) for u in problem.updates(name))
+        return task_arithmetic(utility, safety, alpha)
+
+    return Plan(update, False, task_arithmetic)
+
+
+def plan_diagonal_sst(problem: Problem, parameters: DiagonalSstParameters) -> Plan:
+    """Δ_u + α m⊙τ, m from the diagonal Fishers of ΔW or of the core."""
+    curvature = problem.curvature(parameters)
+    in_core = parameters.coordinates == "core"
+    statistics, names = curvature.statistics, list(curvature.patch)
+    epsilon = shared_damping(statistics.benign, names, parameters.epsilon)
+    share = parameters.share if parameters.mask == "hard" else None
+    kept = {}
+    for name, tau in curvature.patch.items():
+        diagonals = statistics.harm.diagonal_of(name), statistics.benign.diagonal_of(name)
+        kept[name] = diagonal_sst_mask(*diagonals, epsilon, share).reshape(tau.shape) * tau
+    return Plan(add_filtered(curvature, kept), in_core, unfiltered(parameters), curvature=curvature)
+
+
+def plan_sst_v(problem: Problem, parameters: DataFreeParameters) -> Plan:
+    """Δ_u + α m⊙τ, m from r = (Δ_s−Δ_u)²/(Δ_u² + ε)."""
+    squares = sum(float(problem.updates(name)[0].singular_values().square().sum()) for name in problem.names)
+    epsilon = _relative(parameters.epsilon, squares, problem)
+    return _masked(problem, parameters, lambda name, u, s: sst_v_ratio(u, s, epsilon))
+
+
+def plan_sst_m(problem: Problem, parameters: DataFreeParameters) -> Plan:
+    """Δ_u + α m⊙τ, m from r = |θ_s|/(|θ_u| + ε); the base's weights are read once for ε and once a strength."""
+    magnitudes = sum(
+        float((base_weight(problem, name) + problem.updates(name)[0].dense()).abs().sum(dtype=torch.float64))
+        for name in problem.names
+    )
+    epsilon = _relative(parameters.epsilon, magnitudes, problem)
+    return _masked(problem, parameters, lambda name, u, s: sst_m_ratio(base_weight(problem, name), u, s, epsilon))
+
+
+def _relative(epsilon: float, total: float, problem: Problem) -> float:
+    """ε times the mean of a denominator over the entries of all modules, of which the sum is given."""
+    if not total:
+        raise ValueError(
+            "epsilon: the utility adapter changes nothing, so there is no unit for it; give another adapter"
+        )
+    return epsilon * total / sum(math.prod(problem.updates(name)[0].shape) for name in problem.names)
+
+
+def _masked(problem: Problem, parameters: DataFreeParameters, ratio: Callable[[str, Tensor, Tensor], Tensor]) -> Plan:
+    """Δ_u + α m⊙τ on the true ΔW, m from ratio(name, Δ_u, Δ_s), made anew for every strength: no mask is stored."""
+    formula = unfiltered(parameters)
+    share = parameters.share if parameters.mask == "hard" else None
+
+    def update(name: str, alpha: float) -> Tensor:
+        utility, safety = (u.dense() for u in problem.updates(name))
+        return formula(utility, safety, alpha * ratio_mask(ratio(name, utility, safety), share))
+
+    return Plan(update, False, formula)
+
+
+def base_weight(problem: Problem, name: str) -> Tensor:
+    """θ_0 of a module as (d_out, d_in), float32, on the merge's device; a convolution's kernel unfolded."""
+    module = problem.model.get_submodule(name)
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"sst_m needs the base's weights, and those of {name} are quantised ({type(module).__name__}); give "
+            "base_model in its original precision, or use sst_v, which needs none"
+        )
+    transposed = isinstance(module, (nn.Embedding, Conv1D))
+    weight = weight.detach().to(problem.config.device, torch.float32).flatten(1)
+    return weight.mT if transposed else weight

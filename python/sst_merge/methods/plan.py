@@ -1,0 +1,98 @@
+"""A solved merge: for every module and strength α, an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..adapters import LowRank, factor
+from ..baselines import interpolation, task_arithmetic
+from ..coordinates import from_core
+from ..directions import Directions
+from ..problem import Curvature, Problem
+from ..settings import AlphaParameters, DataFreeParameters, FisherParameters
+
+Formula = Callable[[Tensor, Tensor, float | Tensor], Tensor]
+"""(utility's, safety's, α) -> merged, of tensors of one shape; those that act entry by entry take an α for each."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A solved merge, at every strength.
+
+    Attributes:
+        update: (module name, α) -> ΔW, with ΔW's matrix given either as a core in `problem.bases` or dense.
+        in_core: Whether `update` gives cores.
+        biases: (b_u, b_s, α) -> merged LoRA bias of a module.
+        directions: Solutions of the pencils, by module or for all at once (SST only).
+        kept: α -> coefficients of Filter(τ) in the directions, by the same keys (SST only).
+        curvature: The statistics used, if any.
+        gamma: Shared damping γ (SST only).
+    """
+
+    update: Callable[[str, float], Tensor]
+    in_core: bool
+    biases: Formula
+    directions: Mapping[str, Directions] = field(default_factory=dict)
+    kept: Callable[[float], Mapping[str, Tensor]] | None = None
+    curvature: Curvature | None = None
+    gamma: float | None = None
+
+    def merged_biases(self, problem: Problem, alpha: float) -> dict[str, Tensor]:
+        """LoRA biases, merged by the method's formula without curvature; one that an adapter lacks is zero there."""
+        utility, safety = problem.utility.biases, problem.safety.biases
+        merged = {}
+        for name in {**utility, **safety}:
+            given = [biases.get(name) for biases in (utility, safety)]
+            zero = torch.zeros_like(next(b for b in given if b is not None))
+            merged[name] = self.biases(*(zero if b is None else b for b in given), alpha)
+        return merged
+
+    def dense(self, problem: Problem, name: str, alpha: float) -> Tensor:
+        """ΔW of a module, (d_out, d_in), float32."""
+        matrix = self.update(name, alpha).float()
+        if not self.in_core:
+            return matrix
+        basis = problem.bases[name]
+        return basis.q_out.float() @ matrix @ basis.q_in.mT.float()
+
+    def low_rank(self, problem: Problem, name: str, alpha: float, rank: int | None = None) -> tuple[LowRank, float]:
+        """The update of a module as factors.
+
+        Args:
+            problem: The problem that was solved.
+            name: Module name.
+            alpha: α.
+            rank: Rank to truncate to; None is exact.
+
+        Returns:
+            The update, and the relative Frobenius error of the truncation.
+        """
+        matrix = self.update(name, alpha)
+        return from_core(problem.bases[name], matrix, rank) if self.in_core else factor(matrix, rank)
+
+
+def in_core_of(formula: Formula) -> Callable[[Problem, AlphaParameters], Plan]:
+    """A method that is linear in the two updates, done exactly on their cores."""
+
+    def build(problem: Problem, parameters: AlphaParameters) -> Plan:
+        return Plan(lambda name, alpha: formula(*problem.cores(name), alpha), True, formula)
+
+    return build
+
+
+def add_filtered(curvature: Curvature, kept: Mapping[str, Tensor]) -> Callable[[str, float], Tensor]:
+    """(name, α) -> Δ_u + α·Filter(τ), the filtered patch given; Δ_u where there is no patch."""
+
+    def update(name: str, alpha: float) -> Tensor:
+        return curvature.origin[name] + alpha * kept[name] if name in kept else curvature.origin[name]
+
+    return update
+
+
+def unfiltered(parameters: FisherParameters | DataFreeParameters) -> Formula:
+    """The merge of what no filter covers: as if the whole patch were kept."""
+    return task_arithmetic if parameters.patch == "additive" else interpolation
