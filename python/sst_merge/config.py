@@ -5,7 +5,7 @@ base_model: path/to/base
 models:
   - {model: adapters/helpful, role: utility}
   - {model: adapters/refuses, role: safety, parameters: {weight: 1.0}}
-merge_method: sst            # or any other key of settings.METHOD_PARAMETERS
+merge_method: sst            # or any other key of method_settings.METHOD_PARAMETERS
 dtype: bfloat16
 parameters:
   alpha: [0.5, 1.0]          # one number, or several for a sweep from one solve
@@ -28,9 +28,8 @@ from typing import Any
 import torch
 import yaml
 
+from .method_settings import AVERAGES, METHOD_PARAMETERS
 from .settings import (
-    AVERAGES,
-    METHOD_PARAMETERS,
     ROLES,
     Calibration,
     Config,
@@ -50,6 +49,7 @@ _CHOICES = {
     "scope": ("global", "module"),
     "coordinates": ("weight", "core"),
     "mask": ("hard", "soft"),
+    "projector": ("fast", "exact"),
     "dtype": DTYPES,
     "tokenizer": ("base", *ROLES),
     "quantization": ("4bit", "8bit"),
@@ -61,6 +61,10 @@ _RANGES = {  # name -> (low, high, low included, high included)
     "weight": (0.0, 10.0, False, True),
     "density": (0.0, 1.0, False, True),
     "drop": (0.0, 1.0, True, False),
+    "window": (0.0, 1.0, True, False),
+    "common": (0.0, 1.0, True, True),
+    "reduction": (0.0, 1.0, True, True),
+    "threshold": (0.0, 1.0, True, True),
     "points": (0.0, 1.0, True, True),
     "samples": (1, math.inf, True, False),
     "seed": (0, 2**63, True, False),
@@ -190,8 +194,11 @@ def _check(config: Config) -> None:
     _check_k(config.parameters)
     _check_points(config.parameters)
     _check_rho(config.parameters)
+    _check_window(config.parameters)
     if config.tune and (config.merge_method != "sst" or config.calibration is None):
         raise ValueError("tune: only merge_method sst is tuned, and on held-out sequences of `calibration`")
+    if config.merge_method == "regmean" and config.calibration is None:
+        raise ValueError("merge_method regmean needs `calibration` with the files `harm` and `benign`")
     if len(set(config.alphas)) < len(config.alphas):
         raise ValueError(f"alpha: every strength may be given once, got {list(config.alphas)}")
     if config.merge_method in AVERAGES and max(config.alphas) > 1:
@@ -311,6 +318,15 @@ def _check_rho(parameters: Any) -> None:
         raise ValueError(
             f"rho: select: {parameters.select} needs rho, what the merge may cost in nats per sequence (½φᵀBφ); the "
             "report of another selection says what the whole patch costs"
+        )
+
+
+def _check_window(parameters: Any) -> None:
+    """Probabilities of dropping an entry are probabilities."""
+    drop, half = getattr(parameters, "drop", 0.0), getattr(parameters, "window", 0.0) / 2
+    if not (half <= drop and drop + half < 1):
+        raise ValueError(
+            f"window: drop ± window/2 must lie in [0, 1), got {drop:g} ± {half:g}; narrow the window, or move drop"
         )
 
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from sst_merge import load_config, merge
 from sst_merge.cli import main
 from sst_merge.demo.frontier import RUNS, sweep
+from sst_merge.method_settings import METHOD_PARAMETERS
 from sst_merge.methods import METHODS
 from sst_merge.methods.entrywise import base_weight
-from sst_merge.settings import METHOD_PARAMETERS
 
 
 def dense(folder: Path) -> dict[str, torch.Tensor]:

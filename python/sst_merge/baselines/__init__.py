@@ -5,27 +5,43 @@ of singular values and vectors. Methods that look at entries say in which coordi
 weights.
 """
 
-from .curvature import fisher_averaging, single_fisher, top_eigenvectors
+from .curvature import fisher_averaging, gradient_matching, regmean, shrunk_gram, single_fisher, top_eigenvectors
 from .entrywise import (
+    agreeing_mean,
     dare,
+    della,
     diagonal_sst_mask,
     interpolation,
     keep_largest,
+    magprune_drop,
     ratio_mask,
     sst_m_ratio,
     sst_v_ratio,
     task_arithmetic,
     ties,
 )
-from .spectral import subspace_boosting, tsv
+from .safety import aligned_part, is_unsafe, safe_lora, safe_merge
+from .spectral import isotropic, knots, subspace_boosting, tsv
 
 __all__ = [
+    "agreeing_mean",
+    "aligned_part",
     "dare",
+    "della",
     "diagonal_sst_mask",
     "fisher_averaging",
+    "gradient_matching",
     "interpolation",
+    "is_unsafe",
+    "isotropic",
     "keep_largest",
+    "knots",
+    "magprune_drop",
     "ratio_mask",
+    "regmean",
+    "safe_lora",
+    "safe_merge",
+    "shrunk_gram",
     "single_fisher",
     "sst_m_ratio",
     "sst_v_ratio",

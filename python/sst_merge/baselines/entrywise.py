@@ -68,11 +68,22 @@ def ties(updates: Sequence[Tensor], density: float, scale: float) -> Tensor:
         >>> ties([torch.tensor([4.0, 1.0, 3.0]), torch.tensor([2.0, -5.0, -1.0])], density=2 / 3, scale=1.0)
         tensor([ 3., -5.,  3.])
     """
-    trimmed = torch.stack([u * keep_largest(u.abs(), density) for u in updates])
-    elected = trimmed.sum(0).sign()
-    agrees = (trimmed.sign() == elected) & (trimmed != 0)
-    total = (trimmed * agrees).sum(0)
-    return scale * total / agrees.sum(0).clamp(min=1)
+    return scale * agreeing_mean([u * keep_largest(u.abs(), density) for u in updates])
+
+
+def agreeing_mean(updates: Sequence[Tensor]) -> Tensor:
+    """Elect the sign of the sum, mean of the entries that have it (TIES' second and third step).
+
+    Args:
+        updates: Δ of each task, equal shapes; zeros take no part.
+
+    Returns:
+        Δ, the same shape; 0 where the sum is 0 or there is nothing.
+    """
+    stacked = torch.stack(list(updates))
+    elected = stacked.sum(0).sign()
+    agrees = (stacked.sign() == elected) & (stacked != 0)
+    return (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 
 def dare(update: Tensor, drop: float, generator: torch.Generator) -> Tensor:
@@ -88,6 +99,47 @@ def dare(update: Tensor, drop: float, generator: torch.Generator) -> Tensor:
     """
     keep = torch.rand(update.shape, generator=generator) >= drop
     return update * keep.to(update.device) / (1 - drop)
+
+
+def magprune_drop(update: Tensor, drop: float, window: float) -> Tensor:
+    """p_ij = p + ε(½ − rank_ij/(n−1)), the rank by magnitude within the row: 0 smallest, n−1 largest.
+
+    Args:
+        update: Δ, (..., n); a vector is one row.
+        drop: p, the mean.
+        window: ε, largest probability less the smallest, p ± ε/2 in [0, 1).
+
+    Returns:
+        p_ij, the same shape and dtype; equal magnitudes are ranked by position, a row of one entry has p.
+    """
+    rank = update.abs().argsort(dim=-1, stable=True).argsort(dim=-1)
+    return drop + window * (0.5 - rank.to(update.dtype) / max(1, update.shape[-1] - 1)) * (update.shape[-1] > 1)
+
+
+def della(updates: Sequence[Tensor], drop: float, window: float, scale: float, generator: torch.Generator) -> Tensor:
+    """DELLA (Deep et al. 2024): drop small entries more often and rescale by 1/(1−p_ij), elect the sign, mean, scale.
+
+    MAGPRUNE's probabilities are those of `magprune_drop`; the other two steps are TIES' without a trim. As their code
+    has it, the two ends of the window are reached (in the paper's formula, p_min + ε·rank/n, only one is), and the
+    mean is over the tasks that agree. mergekit's `della` rescales each tensor to its ℓ₁ norm instead, after which the
+    expectation is not the update.
+
+    Args:
+        updates: Δ of each task, equal shapes (..., n); rows are along the last dimension.
+        drop: p, the mean probability of dropping an entry.
+        window: ε, as for `magprune_drop`.
+        scale: λ, multiplies the result.
+        generator: CPU generator: the masks are the same on every device.
+
+    Returns:
+        Δ, the same shape.
+    """
+    pruned = []
+    for update in updates:
+        p = magprune_drop(update, drop, window)
+        keep = torch.rand(update.shape, generator=generator).to(update.device) >= p
+        pruned.append(update * keep / (1 - p))
+    return scale * agreeing_mean(pruned)
 
 
 def ratio_mask(ratio: Tensor, share: float | None) -> Tensor:

@@ -7,10 +7,11 @@ from typing import Any
 
 from ..baselines import interpolation, task_arithmetic
 from ..problem import Problem
-from .curvature import plan_fisher_averaging, plan_single_fisher
-from .entrywise import plan_dare, plan_diagonal_sst, plan_sst_m, plan_sst_v, plan_ties
+from .curvature import plan_fisher_averaging, plan_gradient_matching, plan_regmean, plan_single_fisher
+from .entrywise import plan_dare, plan_della, plan_diagonal_sst, plan_sst_m, plan_sst_v, plan_ties
 from .plan import Plan, in_core_of
-from .spectral import plan_subspace_boosting, plan_tsv
+from .safety import plan_safe_lora, plan_safe_merge
+from .spectral import plan_isotropic, plan_knots, plan_subspace_boosting, plan_tsv
 from .sst import plan_sst, sst_plan
 
 __all__ = ["METHODS", "Plan", "sst_plan"]
@@ -21,12 +22,19 @@ METHODS: dict[str, Callable[[Problem, Any], Plan]] = {
     "interpolation": in_core_of(interpolation),
     "ties": plan_ties,
     "dare": plan_dare,
+    "della": plan_della,
     "diagonal_sst": plan_diagonal_sst,
     "sst_v": plan_sst_v,
     "sst_m": plan_sst_m,
     "single_fisher": plan_single_fisher,
     "tsv": plan_tsv,
+    "isotropic": plan_isotropic,
+    "knots": plan_knots,
     "subspace_boosting": plan_subspace_boosting,
     "fisher_averaging": plan_fisher_averaging,
+    "gradient_matching": plan_gradient_matching,
+    "regmean": plan_regmean,
+    "safe_lora": plan_safe_lora,
+    "safe_merge": plan_safe_merge,
 }
 """Name in the configuration -> builder of a plan from a problem and the method's parameters."""

@@ -1,4 +1,4 @@
-"""Methods that weigh by one Fisher, or by a diagonal Fisher of each model."""
+"""Methods that weigh by Fishers, or by what the layers see."""
 
 from __future__ import annotations
 
@@ -7,12 +7,28 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..baselines import fisher_averaging, interpolation, single_fisher, task_arithmetic, top_eigenvectors
+from ..adapters import LowRank
+from ..baselines import (
+    fisher_averaging,
+    gradient_matching,
+    interpolation,
+    regmean,
+    shrunk_gram,
+    single_fisher,
+    task_arithmetic,
+    top_eigenvectors,
+)
 from ..directions import shared_damping
+from ..grams import InputGrams
+from ..method_settings import (
+    FisherAveragingParameters,
+    GradientMatchingParameters,
+    RegMeanParameters,
+    SingleFisherParameters,
+)
 from ..problem import Problem
-from ..settings import FisherAveragingParameters, SingleFisherParameters
 from ..sums import FisherSums
-from .plan import Plan
+from .plan import Plan, from_output_basis, in_output_basis
 
 
 def plan_single_fisher(problem: Problem, parameters: SingleFisherParameters) -> Plan:
@@ -55,3 +71,39 @@ def _normalised(sums: FisherSums, names: list[str], epsilon: float) -> Callable[
         raise ValueError("a Fisher is zero: no gradient reached the adapters; check the calibration data")
     norm = math.sqrt(sum(float(sums.diagonal_of(name).clamp(min=floor).square().sum()) for name in names))
     return lambda name: sums.diagonal_of(name).clamp(min=floor) / norm
+
+
+def plan_gradient_matching(problem: Problem, parameters: GradientMatchingParameters) -> Plan:
+    """Gradient matching by the collected F_benign and F_harm; task arithmetic of LoRA biases and where τ is zero."""
+    in_core = parameters.coordinates == "core"
+    curvature = problem.curvature(parameters)
+    statistics = curvature.statistics
+    prior = shared_damping(statistics.benign, list(curvature.patch), parameters.epsilon)
+    if not prior:
+        raise ValueError("F_benign is zero: the benign data bear no gradient; check calibration.benign")
+
+    def update(name: str, alpha: float) -> Tensor:
+        utility, safety = problem.cores(name) if in_core else (u.dense() for u in problem.updates(name))
+        if name not in curvature.patch:
+            return task_arithmetic(utility, safety, alpha)
+        fishers = tuple(
+            sums.diagonal_of(name).to(utility).reshape(utility.shape) for sums in (statistics.benign, statistics.harm)
+        )
+        return gradient_matching(utility, safety, fishers, prior, alpha)
+
+    return Plan(update, in_core, task_arithmetic, curvature=curvature)
+
+
+def plan_regmean(problem: Problem, parameters: RegMeanParameters) -> Plan:
+    """RegMean by the inputs of both models; embeddings, whose inputs are indices, and LoRA biases are interpolated."""
+    grams = InputGrams(problem)
+
+    def update(name: str, alpha: float) -> LowRank:
+        utility, safety = in_output_basis(problem, name)
+        found = grams.of(name)
+        if found is None:
+            return from_output_basis(problem, name, interpolation(utility, safety, alpha))
+        shrunk = tuple(shrunk_gram(gram.to(utility), parameters.reduction, parameters.epsilon) for gram in found)
+        return from_output_basis(problem, name, regmean(utility, safety, shrunk, alpha))
+
+    return Plan(update, False, interpolation)

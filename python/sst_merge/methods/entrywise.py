@@ -1,4 +1,4 @@
-"""Methods that look at entries: TIES, DARE and masks."""
+"""Methods that look at entries: TIES, DARE, DELLA and masks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..baselines import dare, diagonal_sst_mask, ratio_mask, sst_m_ratio, sst_v_ratio, task_arithmetic, ties
+from ..baselines import (
+    agreeing_mean,
+    dare,
+    della,
+    diagonal_sst_mask,
+    ratio_mask,
+    sst_m_ratio,
+    sst_v_ratio,
+    task_arithmetic,
+    ties,
+)
 from ..directions import shared_damping
+from ..method_settings import DareParameters, DataFreeParameters, DellaParameters, DiagonalSstParameters, TiesParameters
 from ..problem import Problem
-from ..settings import DareParameters, DataFreeParameters, DiagonalSstParameters, TiesParameters
 from .plan import Plan, add_filtered, unfiltered
 
 
@@ -29,11 +39,27 @@ def plan_dare(problem: Problem, parameters: DareParameters) -> Plan:
     """DARE of both true ΔW, then task arithmetic. The masks depend on seed and module, not on α."""
 
     def update(name: str, alpha: float) -> Tensor:
-        generator = torch.Generator().manual_seed(parameters.seed * len(problem.names) + problem.names.index(name))
+        generator = _generator(problem, parameters.seed, name)
         utility, safety = (dare(u.dense(), parameters.drop, generator) for u in problem.updates(name))
         return task_arithmetic(utility, safety, alpha)
 
     return Plan(update, False, task_arithmetic)
+
+
+def _generator(problem: Problem, seed: int, name: str) -> torch.Generator:
+    """Of a module's masks: they depend on seed and module alone."""
+    return torch.Generator().manual_seed(seed * len(problem.names) + problem.names.index(name))
+
+
+def plan_della(problem: Problem, parameters: DellaParameters) -> Plan:
+    """DELLA on the true ΔW; α is the scale λ. Nothing is dropped of LoRA biases."""
+
+    def update(name: str, alpha: float) -> Tensor:
+        updates = [u.dense() for u in problem.updates(name)]
+        generator = _generator(problem, parameters.seed, name)
+        return della(updates, parameters.drop, parameters.window, alpha, generator)
+
+    return Plan(update, False, lambda u, s, scale: scale * agreeing_mean([u, s]))
 
 
 def plan_diagonal_sst(problem: Problem, parameters: DiagonalSstParameters) -> Plan:

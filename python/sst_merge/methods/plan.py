@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..adapters import LowRank, factor
 from ..baselines import interpolation, task_arithmetic
-from ..coordinates import from_core
+from ..coordinates import core_basis, from_core, to_core
 from ..directions import Directions
+from ..method_settings import DataFreeParameters
 from ..problem import Curvature, Problem
-from ..settings import AlphaParameters, DataFreeParameters, FisherParameters
+from ..settings import AlphaParameters, FisherParameters
 
 Formula = Callable[[Tensor, Tensor, float | Tensor], Tensor]
 """(utility's, safety's, α) -> merged, of tensors of one shape; those that act entry by entry take an α for each."""
@@ -24,8 +25,8 @@ class Plan:
     """A solved merge, at every strength.
 
     Attributes:
-        update: (module name, α) -> ΔW, with ΔW's matrix given either as a core in `problem.bases` or dense.
-        in_core: Whether `update` gives cores.
+        update: (module name, α) -> ΔW: its core in `problem.bases`, the dense matrix, or factors.
+        in_core: Whether the matrices that `update` gives are cores.
         biases: (b_u, b_s, α) -> merged LoRA bias of a module.
         directions: Solutions of the pencils, by module or for all at once (SST only).
         kept: α -> coefficients of Filter(τ) in the directions, by the same keys (SST only).
@@ -33,7 +34,7 @@ class Plan:
         gamma: Shared damping γ (SST only).
     """
 
-    update: Callable[[str, float], Tensor]
+    update: Callable[[str, float], Tensor | LowRank]
     in_core: bool
     biases: Formula
     directions: Mapping[str, Directions] = field(default_factory=dict)
@@ -53,10 +54,12 @@ class Plan:
 
     def dense(self, problem: Problem, name: str, alpha: float) -> Tensor:
         """ΔW of a module, (d_out, d_in), float32."""
-        matrix = self.update(name, alpha).float()
+        matrix = self.update(name, alpha)
+        if isinstance(matrix, LowRank):
+            return matrix.dense().float()
         if not self.in_core:
-            return matrix
-        basis = problem.bases[name]
+            return matrix.float()
+        matrix, basis = matrix.float(), problem.bases[name]
         return basis.q_out.float() @ matrix @ basis.q_in.mT.float()
 
     def low_rank(self, problem: Problem, name: str, alpha: float, rank: int | None = None) -> tuple[LowRank, float]:
@@ -72,7 +75,23 @@ class Plan:
             The update, and the relative Frobenius error of the truncation.
         """
         matrix = self.update(name, alpha)
+        if isinstance(matrix, LowRank):
+            if not matrix.rank:
+                return matrix, 0.0
+            basis = core_basis([matrix])
+            return from_core(basis, to_core(basis, matrix), rank)
         return from_core(problem.bases[name], matrix, rank) if self.in_core else factor(matrix, rank)
+
+
+def in_output_basis(problem: Problem, name: str) -> tuple[Tensor, Tensor]:
+    """Q_outᵀΔW of both updates, (r_out, d_in), float64: whole rows, where a method needs the inputs as they are."""
+    q_in = problem.bases[name].q_in.double()
+    return tuple(core @ q_in.mT for core in problem.cores(name))
+
+
+def from_output_basis(problem: Problem, name: str, rows: Tensor) -> LowRank:
+    """ΔW = Q_out·rows, float32."""
+    return LowRank(problem.bases[name].q_out.float(), rows.float())
 
 
 def in_core_of(formula: Formula) -> Callable[[Problem, AlphaParameters], Plan]:
