@@ -47,7 +47,7 @@ _CHOICES = {
     "fisher": ("exact", "gram", "diagonal"),
     "select": ("top_k", "soft", "dof", "budget", "signed"),
     "scope": ("global", "module"),
-    "coordinates": ("weight", "core"),
+    "coordinates": ("weight", "core", "factor"),
     "mask": ("hard", "soft"),
     "projector": ("fast", "exact"),
     "dtype": DTYPES,
@@ -195,6 +195,7 @@ def _check(config: Config) -> None:
     _check_points(config.parameters)
     _check_rho(config.parameters)
     _check_window(config.parameters)
+    _check_coordinates(config)
     if config.tune and (config.merge_method != "sst" or config.calibration is None):
         raise ValueError("tune: only merge_method sst is tuned, and on held-out sequences of `calibration`")
     if config.merge_method == "regmean" and config.calibration is None:
@@ -327,6 +328,17 @@ def _check_window(parameters: Any) -> None:
     if not (half <= drop and drop + half < 1):
         raise ValueError(
             f"window: drop ± window/2 must lie in [0, 1), got {drop:g} ± {half:g}; narrow the window, or move drop"
+        )
+
+
+def _check_coordinates(config: Config) -> None:
+    """Factors are coordinates of one adapter's update, not of a difference."""
+    if getattr(config.parameters, "coordinates", None) == "factor" and not (
+        config.merge_method == "diagonal_sst" and config.parameters.patch == "additive"
+    ):
+        raise ValueError(
+            "coordinates: factor is for merge_method diagonal_sst with patch: additive, got "
+            f"{config.merge_method} with {config.parameters.patch}; use weight or core"
         )
 
 

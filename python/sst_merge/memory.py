@@ -31,7 +31,7 @@ def estimate_memory(
         problem: The merge problem.
         bases: Modules whose Fishers are collected.
         representation: "exact", "gram" or "diagonal".
-        coordinates: "core" or "weight"; in the latter nothing is solved.
+        coordinates: "core", "weight" or "factor"; only in the first is anything solved.
 
     Returns:
         Use -> bytes. Activations are a rule of thumb: 17 numbers a token, layer and hidden unit, as Korthikanti et
@@ -55,7 +55,7 @@ def estimate_memory(
     entries = sum(_entries(representation, n, count) for count in gradients)
     squares = sum(gradients) * sum(n) if representation == "gram" else sum(i * i for i in n)
     stacked = squares if representation == "gram" else min(max(ELEMENTS_AT_ONCE, max(n) ** 2), squares)
-    solved = 0 if coordinates == "weight" else 8 * squares + _WORKSPACE * stacked
+    solved = 0 if coordinates != "core" else 8 * squares + _WORKSPACE * stacked
     return {
         "model": 0 if problem.live else model_bytes(problem.config, problem.skeleton, dtype),
         "activations": tokens * (17 * width * text.num_hidden_layers * text.hidden_size + 12 * text.vocab_size),
@@ -87,7 +87,7 @@ def check_memory(problem: Problem, bases: Mapping[str, CoreBasis], representatio
         problem: The merge problem.
         bases: Modules whose Fishers are collected.
         representation: "exact", "gram" or "diagonal".
-        coordinates: "core" or "weight"; in the latter nothing is solved.
+        coordinates: "core", "weight" or "factor"; only in the first is anything solved.
 
     Raises:
         ValueError: The estimate is over what is available.

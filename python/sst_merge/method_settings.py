@@ -67,11 +67,14 @@ class DiagonalSstParameters(DiagonalFisherParameters):
     """Diagonal SST with the authors' masks.
 
     Attributes:
+        coordinates: "weight", of ΔW; "core"; or "factor", the safety adapter's lora_A and lora_B as its authors take
+            them, where the merge depends on how the factors are scaled, and only the additive patch has a meaning.
         mask: "hard" keeps the top share of r = f_harm/(f_benign + ε); "soft" weights by r/max r.
         share: Share of coordinates a hard mask keeps, per tensor.
         epsilon: ε, in units of the mean of f_benign over all modules.
     """
 
+    coordinates: str = "weight"
     mask: str = "hard"
     share: float = 0.25
     epsilon: float = 0.1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters import LowRank
 from ..baselines import (
     agreeing_mean,
     dare,
@@ -63,17 +64,44 @@ def plan_della(problem: Problem, parameters: DellaParameters) -> Plan:
 
 
 def plan_diagonal_sst(problem: Problem, parameters: DiagonalSstParameters) -> Plan:
-    """Δ_u + α m⊙τ, m from the diagonal Fishers of ΔW or of the core."""
+    """Δ_u + α m⊙τ, m from the diagonal Fishers of ΔW or of the core; or Δ_u + α(m_B⊙B_s)(m_A⊙A_s), of the factors."""
     curvature = problem.curvature(parameters)
-    in_core = parameters.coordinates == "core"
-    statistics, names = curvature.statistics, list(curvature.patch)
-    epsilon = shared_damping(statistics.benign, names, parameters.epsilon)
+    statistics, patch = curvature.statistics, curvature.patch
+    epsilon = shared_damping(statistics.benign, list(patch), parameters.epsilon)
     share = parameters.share if parameters.mask == "hard" else None
-    kept = {}
-    for name, tau in curvature.patch.items():
-        diagonals = statistics.harm.diagonal_of(name), statistics.benign.diagonal_of(name)
-        kept[name] = diagonal_sst_mask(*diagonals, epsilon, share).reshape(tau.shape) * tau
+
+    def diagonals(name: str) -> tuple[Tensor, Tensor]:
+        return statistics.harm.diagonal_of(name), statistics.benign.diagonal_of(name)
+
+    if parameters.coordinates == "factor":
+        factors = {name: _masked_factors(problem.updates(name)[1], diagonals(name), epsilon, share) for name in patch}
+        return Plan(_add_factors(problem, factors), False, task_arithmetic, curvature=curvature)
+    kept = {
+        name: diagonal_sst_mask(*diagonals(name), epsilon, share).reshape(tau.shape) * tau
+        for name, tau in patch.items()
+    }
+    in_core = parameters.coordinates == "core"
     return Plan(add_filtered(curvature, kept), in_core, unfiltered(parameters), curvature=curvature)
+
+
+def _masked_factors(update: LowRank, diagonals: tuple[Tensor, Tensor], epsilon: float, share: float | None) -> LowRank:
+    """(m_B⊙B)(m_A⊙A), a mask for each factor from its part of the diagonals (harm, benign)."""
+    factors = update.up, update.down
+    harm, benign = (diagonal.split([f.numel() for f in factors]) for diagonal in diagonals)
+    masks = (diagonal_sst_mask(h, b, epsilon, share) for h, b in zip(harm, benign, strict=True))
+    return LowRank(*(f * mask.reshape(f.shape).to(f) for f, mask in zip(factors, masks, strict=True)))
+
+
+def _add_factors(problem: Problem, kept: Mapping[str, LowRank]) -> Callable[[str, float], LowRank]:
+    """(name, α) -> Δ_u + α·kept, side by side."""
+
+    def update(name: str, alpha: float) -> LowRank:
+        utility, patch = problem.updates(name)[0], kept.get(name)
+        if patch is None:
+            return utility
+        return LowRank(torch.cat([utility.up, alpha * patch.up], 1), torch.cat([utility.down, patch.down]))
+
+    return update
 
 
 def plan_sst_v(problem: Problem, parameters: DataFreeParameters) -> Plan:
