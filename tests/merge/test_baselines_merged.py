@@ -181,6 +181,7 @@ def test_factors_are_truncated_as_matrices_are(setup):
         assert error == pytest.approx(np.linalg.norm(sigma[2:]) / np.linalg.norm(sigma), abs=1e-5)
         found = (low.up.double() @ low.down.double()).numpy()
         np.testing.assert_allclose(found, left[:, :2] * sigma[:2] @ right[:2], atol=1e-4 * sigma[0])
+        np.testing.assert_allclose(result.plan.dense(result.problem, name, 1.0), whole, atol=1e-4 * sigma[0])
 
 
 def test_regmean_needs_data(setup):

@@ -32,6 +32,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "diagonal SST, weights, hard": ("diagonal_sst", {"mask": "hard", "where": "local"}),
     "diagonal SST, weights, soft": ("diagonal_sst", {"mask": "soft", "where": "local"}),
     "diagonal SST, weights, hard, path": ("diagonal_sst", {"mask": "hard"}),
+    "diagonal SST, core, hard, path": ("diagonal_sst", {"coordinates": "core"}),
+    "diagonal SST, factors, hard, path": ("diagonal_sst", {"coordinates": "factor"}),
     "data-free SST-V, hard": ("sst_v", {}),
     "data-free SST-V, soft": ("sst_v", {"mask": "soft"}),
     "data-free SST-M, hard": ("sst_m", {}),
