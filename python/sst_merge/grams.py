@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sst_kernels import syrk_accumulate_
 from sst_kernels.collect import CoreGradients
@@ -14,7 +15,7 @@ from sst_kernels.rows import unwrapped
 
 from .base import input_device
 from .calibration import ANSWERED_BY
-from .packing import batches
+from .packing import batches, check_packing
 from .settings import ROLES
 
 if TYPE_CHECKING:
@@ -78,12 +79,14 @@ class InputGrams:
         problem, calibration = self.problem, self.problem.config.calibration
         kind = next(kind for kind, answering in ANSWERED_BY.items() if answering == role)
         row_length = calibration.max_length if calibration.packing else None
+        if calibration.packing:
+            check_packing(problem.model, problem.model_config.vocab_size)
         rows_of = batches(problem.calibration[kind][0], calibration.batch_size, input_device(problem.model), row_length)
         grams: dict[str, Tensor] = {}
         tokens = 0
         with CoreGradients(problem.model, problem.bases, watched=()) as update, torch.no_grad():
             update.set_cores({name: problem.cores(name)[ROLES.index(role)] for name in problem.names})
-            for batch in rows_of:
+            for batch in tqdm(list(rows_of), desc=f"inputs, {role}", unit="batch", leave=False):
                 mask = batch.attention_mask.flatten()
 
                 def observe(name: str, rows: Tensor, mask: Tensor = mask) -> None:

@@ -205,12 +205,11 @@ class RegMeanParameters(AlphaParameters):
 
 @dataclass(frozen=True)
 class SafeLoraParameters(AlphaParameters):
-    """SafeLoRA, with Δ_s in the place of aligned less unaligned weights.
+    """SafeLoRA with V = Δ_s in the place of aligned less unaligned weights; αΔ_s is added to the projected Δ_u.
 
     Attributes:
-        alpha: α of αΔ_s, which is added to the projected update.
         threshold: τ in [0, 1]: modules with cos(Δ_u, CΔ_u) < τ are unsafe.
-        projector: "fast", C = VVᵀ/‖V‖_F, or "exact", the orthogonal projector on V's columns; V = Δ_s.
+        projector: "fast", C = VVᵀ/‖V‖_F, or "exact", the orthogonal projector on V's columns.
     """
 
     threshold: float = 0.35

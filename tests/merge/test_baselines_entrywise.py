@@ -72,6 +72,13 @@ def test_ties_is_mergekits(density):
     torch.testing.assert_close(ties(updates, density, 0.5), 0.5 * (stacked * mask).sum(0) / count)
 
 
+def test_a_sum_of_zero_elects_nothing_where_mergekit_elects_the_positive():
+    """sgn(0) = 0 in Yadav et al.; the limits from either side are 1 and −1, their mean is 0."""
+    stacked = torch.tensor([[2.0], [-2.0]])
+    assert (stacked * get_mask(stacked, "sum")).sum() == 2
+    assert agreeing_mean(list(stacked)).tolist() == [0.0]
+
+
 def test_dare_is_mergekits_mask_rescaled_as_its_paper_has_it(monkeypatch):
     """mergekit rescales to the ℓ₁ norm of each tensor, or not at all; Yu et al. by 1/(1−p)."""
     update = torch.randn(30, 20, generator=generator())

@@ -78,7 +78,7 @@ def agreeing_mean(updates: Sequence[Tensor]) -> Tensor:
         updates: Δ of each task, equal shapes; zeros take no part.
 
     Returns:
-        Δ, the same shape; 0 where the sum is 0 or there is nothing.
+        Δ, the same shape; 0 where the sum is 0 (mergekit then takes the positive ones) or there is nothing.
     """
     stacked = torch.stack(list(updates))
     elected = stacked.sum(0).sign()
