@@ -1,4 +1,4 @@
-"""Settings of a merge, every default in one place; `config` reads them from YAML and checks them."""
+"""Settings of a merge and of SST, with their defaults; `config` reads them from YAML and checks them."""
 
 from __future__ import annotations
 

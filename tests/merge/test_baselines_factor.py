@@ -78,6 +78,16 @@ def test_it_is_its_formula_on_dense_gradients(setup, mask):
         torch.testing.assert_close(low.up.double() @ low.down.double(), wanted, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_statistics_of_factors_are_kept_and_are_no_others(setup, tmp_path):
+    config = {**setup.config("diagonal_sst", coordinates="factor"), "fisher_dir": str(tmp_path / "fishers")}
+    first, again = merged(config, 1.0), merged({k: v for k, v in config.items() if k != "calibration"}, 1.0)
+    for name, value in first.items():
+        assert torch.equal(again[name], value)
+    config["parameters"] = {"coordinates": "weight"}
+    with pytest.raises(ValueError, match="coordinates is"):
+        merge(config)
+
+
 def test_whole_masks_are_task_arithmetic_and_no_strength_is_the_utility_adapter(setup):
     config = setup.config("diagonal_sst", coordinates="factor", share=1.0)
     result, utility, safety = merge(config), factors(setup.utility), factors(setup.safety)

@@ -149,6 +149,16 @@ def test_alpha_zero_is_the_utility_adapter(setup, tmp_path, method):
     compare(run(setup, tmp_path, method, alpha=0.0), {name: u for name, (u, _) in deltas(setup).items()})
 
 
+def test_regmean_does_not_depend_on_batches_or_packing(setup):
+    config = setup.config("regmean", alpha=0.3)
+    results = []
+    for change in ({}, {"batch_size": 1}, {"packing": True, "batch_size": 2}):
+        changed = {**config, "dtype": "float64", "calibration": {**config["calibration"], **change}}
+        results.append({n: low.up.double() @ low.down.double() for n, low in merge(changed).updates(0.3).items()})
+    for other in results[1:]:
+        compare(other, results[0])
+
+
 def test_regmean_interpolates_embeddings(gpt2_dir, make_adapter, setup):
     """Their inputs are indices; convolutions of GPT-2 (Conv1D) are linear maps like any."""
     setup.base = gpt2_dir

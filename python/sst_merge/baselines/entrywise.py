@@ -119,10 +119,9 @@ def magprune_drop(update: Tensor, drop: float, window: float) -> Tensor:
 def della(updates: Sequence[Tensor], drop: float, window: float, scale: float, generator: torch.Generator) -> Tensor:
     """DELLA (Deep et al. 2024): drop small entries more often and rescale by 1/(1−p_ij), elect the sign, mean, scale.
 
-    MAGPRUNE's probabilities are those of `magprune_drop`; the other two steps are TIES' without a trim. As their code
-    has it, the two ends of the window are reached (in the paper's formula, p_min + ε·rank/n, only one is), and the
-    mean is over the tasks that agree. mergekit's `della` rescales each tensor to its ℓ₁ norm instead, after which the
-    expectation is not the update.
+    MAGPRUNE's probabilities are those of `magprune_drop`, which reach both ends of the window as in the authors' code;
+    the other two steps are TIES' without a trim, the mean being over the tasks that agree. mergekit's `della` rescales
+    each tensor to its ℓ₁ norm instead, after which the expectation is not the update.
 
     Args:
         updates: Δ of each task, equal shapes (..., n); rows are along the last dimension.

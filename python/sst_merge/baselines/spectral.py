@@ -62,8 +62,8 @@ def isotropic(updates: Sequence[Tensor], common: float) -> Tensor:
     to the tasks, and ΣΔ_t gets all its singular values equal: Iso-C. Departures: the source counts min(d_out, d_in)
     directions and takes the mean over as many. Of low-rank updates nearly all of those are arbitrary vectors of
     singular value zero, which would carry nearly the whole merged update; here the directions are the rank of ΣΔ_t, and
-    so is the mean. (The sum of the singular values, which the mean spreads, is the same.) Only tasks that change the
-    tensor count. Where the vectors kept are linearly dependent, the polar factors are as in `tsv`.
+    so is the mean. (Iso-C keeps the sum of the singular values either way.) Only tasks that change the tensor count.
+    Where the vectors kept are linearly dependent, the polar factors are as in `tsv`.
 
     Args:
         updates: Δ of each task, or their cores in common bases; equal shapes.
