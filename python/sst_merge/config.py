@@ -194,8 +194,6 @@ def _check(config: Config) -> None:
     _check_k(config.parameters)
     _check_points(config.parameters)
     _check_rho(config.parameters)
-    _check_window(config.parameters)
-    _check_coordinates(config)
     if config.tune and (config.merge_method != "sst" or config.calibration is None):
         raise ValueError("tune: only merge_method sst is tuned, and on held-out sequences of `calibration`")
     if config.merge_method == "regmean" and config.calibration is None:
@@ -319,26 +317,6 @@ def _check_rho(parameters: Any) -> None:
         raise ValueError(
             f"rho: select: {parameters.select} needs rho, what the merge may cost in nats per sequence (½φᵀBφ); the "
             "report of another selection says what the whole patch costs"
-        )
-
-
-def _check_window(parameters: Any) -> None:
-    """Probabilities of dropping an entry are probabilities."""
-    drop, half = getattr(parameters, "drop", 0.0), getattr(parameters, "window", 0.0) / 2
-    if not (half <= drop and drop + half < 1):
-        raise ValueError(
-            f"window: drop ± window/2 must lie in [0, 1), got {drop:g} ± {half:g}; narrow the window, or move drop"
-        )
-
-
-def _check_coordinates(config: Config) -> None:
-    """Factors are coordinates of one adapter's update, not of a difference."""
-    if getattr(config.parameters, "coordinates", None) == "factor" and not (
-        config.merge_method == "diagonal_sst" and config.parameters.patch == "additive"
-    ):
-        raise ValueError(
-            "coordinates: factor is for merge_method diagonal_sst with patch: additive, got "
-            f"{config.merge_method} with {config.parameters.patch}; use weight or core"
         )
 
 

@@ -45,6 +45,14 @@ class DellaParameters(AlphaParameters):
     window: float = 0.14
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse what are no probabilities."""
+        if not (self.drop - self.window / 2 >= 0 and self.drop + self.window / 2 < 1):
+            raise ValueError(
+                f"window: drop ± window/2 must lie in [0, 1), got {self.drop:g} ± {self.window / 2:g}; narrow the "
+                "window, or move drop"
+            )
+
 
 @dataclass(frozen=True)
 class DiagonalFisherParameters(FisherParameters):
@@ -55,6 +63,14 @@ class DiagonalFisherParameters(FisherParameters):
     """
 
     coordinates: str = "weight"
+
+    def __post_init__(self) -> None:
+        """Refuse factors, but of one update whose entries are masked."""
+        if self.coordinates == "factor" and not (isinstance(self, DiagonalSstParameters) and self.patch == "additive"):
+            raise ValueError(
+                "coordinates: factor is for merge_method diagonal_sst with patch: additive, since factors are "
+                "coordinates of one adapter's update and not of a difference; use weight or core"
+            )
 
     @property
     def collected(self) -> tuple[str, str]:

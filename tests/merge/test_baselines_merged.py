@@ -194,6 +194,15 @@ def test_factors_are_truncated_as_matrices_are(setup):
         np.testing.assert_allclose(result.plan.dense(result.problem, name, 1.0), whole, atol=1e-4 * sigma[0])
 
 
+def test_regmean_names_a_module_without_inputs(setup, monkeypatch):
+    monkeypatch.setattr(grams, "_add", lambda sums, name, rows, mask: sums.update({name: 0 * torch.eye(2)}))
+    with pytest.raises(ValueError, match="module 'model.layers.0.mlp.down_proj' saw no finite input of the utility"):
+        merge(setup.config("regmean"))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="saw 3 tokens but the batch has 4"):
+        grams._add({}, "expert", torch.ones(3, 2), torch.ones(4))
+
+
 def test_regmean_needs_data(setup):
     config = setup.config("regmean")
     del config["calibration"]
