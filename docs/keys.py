@@ -8,7 +8,8 @@ from dataclasses import MISSING, fields
 
 import yaml
 
-from sst_merge.settings import METHOD_PARAMETERS, ROLES, AlphaParameters, Calibration, Config, ModelRef, Output, TaskRef
+from sst_merge.method_settings import METHOD_PARAMETERS
+from sst_merge.settings import ROLES, AlphaParameters, Calibration, Config, ModelRef, Output, TaskRef
 
 _HEAD = """\
 # Keys of the configuration

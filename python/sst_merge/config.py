@@ -5,7 +5,7 @@ base_model: path/to/base
 models:
   - {model: adapters/helpful, role: utility}
   - {model: adapters/refuses, role: safety, parameters: {weight: 1.0}}
-merge_method: sst            # or any other key of settings.METHOD_PARAMETERS
+merge_method: sst            # or any other key of method_settings.METHOD_PARAMETERS
 dtype: bfloat16
 parameters:
   alpha: [0.5, 1.0]          # one number, or several for a sweep from one solve
@@ -29,10 +29,9 @@ from typing import Any
 import torch
 import yaml
 
+from .method_settings import AVERAGES, METHOD_PARAMETERS
 from .settings import (
-    AVERAGES,
     KINDS,
-    METHOD_PARAMETERS,
     ROLES,
     Calibration,
     Config,
@@ -55,8 +54,9 @@ _CHOICES = {
     "shrinkage_target": ("diagonal", "kronecker"),
     "select": ("top_k", "soft", "dof", "budget", "signed"),
     "scope": ("global", "module"),
-    "coordinates": ("weight", "core"),
+    "coordinates": ("weight", "core", "factor"),
     "mask": ("hard", "soft"),
+    "projector": ("fast", "exact"),
     "dtype": DTYPES,
     "tokenizer": ("base", *ROLES),
     "quantization": ("4bit", "8bit"),
@@ -71,6 +71,10 @@ _RANGES = {  # name -> (low, high, low included, high included)
     "weight": (0.0, 10.0, False, True),
     "density": (0.0, 1.0, False, True),
     "drop": (0.0, 1.0, True, False),
+    "window": (0.0, 1.0, True, False),
+    "common": (0.0, 1.0, True, True),
+    "reduction": (0.0, 1.0, True, True),
+    "threshold": (0.0, 1.0, True, True),
     "points": (0.0, 1.0, True, True),
     "samples": (1, math.inf, True, False),
     "seed": (0, 2**63, True, False),
@@ -205,6 +209,8 @@ def _check(config: Config) -> None:
     _check_steps(config)
     if config.tune and (config.merge_method != "sst" or config.calibration is None):
         raise ValueError("tune: only merge_method sst is tuned, and on held-out sequences of `calibration`")
+    if config.merge_method == "regmean" and config.calibration is None:
+        raise ValueError("merge_method regmean needs `calibration` with the files `harm` and `benign`")
     if len(set(config.alphas)) < len(config.alphas):
         raise ValueError(f"alpha: every strength may be given once, got {list(config.alphas)}")
     if config.merge_method in AVERAGES and max(config.alphas) > 1:

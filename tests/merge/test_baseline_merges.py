@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from sst_merge import load_config, merge
 from sst_merge.cli import main
 from sst_merge.demo.frontier import RUNS, sweep
-from sst_merge.methods import METHODS, _base_weight
-from sst_merge.settings import METHOD_PARAMETERS
+from sst_merge.method_settings import METHOD_PARAMETERS
+from sst_merge.methods import METHODS
+from sst_merge.methods.entrywise import base_weight
 
 
 def dense(folder: Path) -> dict[str, torch.Tensor]:
@@ -129,7 +130,7 @@ def test_sst_m_refuses_quantised_weights():
     layer.weight = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.int8), requires_grad=False)
     problem = SimpleNamespace(model=torch.nn.ModuleDict({"layer": layer}), config=SimpleNamespace(device="cpu"))
     with pytest.raises(ValueError, match="those of layer are quantised.*use sst_v"):
-        _base_weight(problem, "layer")
+        base_weight(problem, "layer")
 
 
 @pytest.mark.parametrize("method", ["sst_v", "sst_m"])

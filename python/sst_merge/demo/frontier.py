@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import load_config
+from ..method_settings import AVERAGES
 from ..methods import METHODS
 from ..problem import Problem
-from ..settings import AVERAGES
 from ..tune import tune
 
 REFUSAL_WANTED = 0.9
@@ -28,9 +28,12 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "TIES, density 0.2": ("ties", {"density": 0.2}),
     "TIES, density 0.5": ("ties", {"density": 0.5}),
     "DARE, p 0.5": ("dare", {"drop": 0.5}),
+    "DELLA, p 0.3": ("della", {}),
     "diagonal SST, weights, hard": ("diagonal_sst", {"mask": "hard", "where": "local"}),
     "diagonal SST, weights, soft": ("diagonal_sst", {"mask": "soft", "where": "local"}),
     "diagonal SST, weights, hard, path": ("diagonal_sst", {"mask": "hard"}),
+    "diagonal SST, core, hard, path": ("diagonal_sst", {"coordinates": "core"}),
+    "diagonal SST, factors, hard, path": ("diagonal_sst", {"coordinates": "factor"}),
     "data-free SST-V, hard": ("sst_v", {}),
     "data-free SST-V, soft": ("sst_v", {"mask": "soft"}),
     "data-free SST-M, hard": ("sst_m", {}),
@@ -39,7 +42,15 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "TSV, all of each": ("tsv", {"share": 1.0}),
     "subspace boosting, beta 0.01": ("subspace_boosting", {}),
     "subspace boosting, beta 0.5": ("subspace_boosting", {"beta": 0.5}),
+    "Iso-C": ("isotropic", {"common": 1.0}),
+    "Iso-CTS": ("isotropic", {}),
+    "KnOTS-TIES": ("knots", {}),
     "Fisher averaging": ("fisher_averaging", {}),
+    "gradient matching": ("gradient_matching", {}),
+    "RegMean": ("regmean", {}),
+    "SafeLoRA": ("safe_lora", {}),
+    "SafeLoRA, exact projector": ("safe_lora", {"projector": "exact"}),
+    "SafeMERGE": ("safe_merge", {}),
     "SST diagonal, local": ("sst", {"fisher": "diagonal", "where": "local"}),
     "SST exact, local": ("sst", {"where": "local"}),
     "SST diagonal": ("sst", {"fisher": "diagonal"}),
