@@ -48,6 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     mergekit.add_argument("options", nargs=argparse.REMAINDER, help="mergekit-yaml's own options")
     mergekit.set_defaults(run=_mergekit)
 
+    compare = commands.add_parser("compare", help="merge by all methods, measure every merge, say which is best")
+    compare.add_argument("config", help="YAML file of a merge with a section `compare`; docs/compare.md has one")
+    compare.add_argument("--out", required=True, help="folder for the report; measured rows are kept in <out>.work")
+    compare.add_argument("--device", help="as for merge")
+    compare.add_argument("--dtype", help="as for merge")
+    compare.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    compare.set_defaults(run=_compare)
+
     demo = commands.add_parser("demo", help="train a small model, merge by every method, measure, report")
     demo.add_argument("--out", default="demo-out", help="folder for models and report (default: demo-out)")
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds (default: 1)")
@@ -100,6 +108,16 @@ def _mergekit(args: argparse.Namespace) -> None:
 
     run(args.config, args.out, args.options)
     print(f"wrote {args.out} (read {args.out}/report.html)")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """sst-merge compare."""
+    from .compare import compare
+    from .compare.verdict import verdict
+
+    summary = compare(args.config, args.out, overwrite=args.overwrite, device=args.device, dtype=args.dtype)
+    print("\n".join(verdict(summary)))
+    print(f"wrote {args.out} (read {args.out}/compare.html)")
 
 
 def _demo(args: argparse.Namespace) -> None:

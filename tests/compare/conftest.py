@@ -1,0 +1,13 @@
+"""The tiny models of the merge layer's tests."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+_spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parents[1] / "merge/conftest.py")
+_tiny_models = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_tiny_models)
+base_dir, llama_dir, make_adapter, setup = (
+    getattr(_tiny_models, name) for name in ("base_dir", "llama_dir", "make_adapter", "setup")
+)
