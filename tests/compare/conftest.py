@@ -10,6 +10,6 @@ _spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).par
 _tiny_models = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = _tiny_models
 _spec.loader.exec_module(_tiny_models)
-base_dir, llama_dir, make_adapter, setup = (
-    getattr(_tiny_models, name) for name in ("base_dir", "llama_dir", "make_adapter", "setup")
+base_dir, input_ids, llama_dir, load_base, make_adapter, setup = (
+    getattr(_tiny_models, name) for name in ("base_dir", "input_ids", "llama_dir", "load_base", "make_adapter", "setup")
 )
