@@ -391,5 +391,6 @@ def _nearest(word: Any, known: Any) -> str:
 
 def _did_you_mean(word: Any, known: Any) -> str:
     """The known word that is near, if one is."""
-    near = difflib.get_close_matches(str(word).lower(), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    folded = {str(name).lower(): name for name in known}
+    near = difflib.get_close_matches(str(word).lower(), folded, n=1)
+    return f"; did you mean {folded[near[0]]!r}?" if near else ""

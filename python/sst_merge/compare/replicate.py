@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -87,10 +88,21 @@ class Bench:
         }
 
     def reference(self, name: str) -> dict[str, Any]:
-        """The row of a model alone."""
+        """The row of a model alone.
+
+        Args:
+            name: A key of `REFERENCES`.
+
+        Returns:
+            The row.
+
+        Raises:
+            ValueError: An evaluator fails; names the model.
+        """
         journal = Journal(self.work, {**self._key, "reference": name})
         if not journal.rows:
-            self._measure(journal, REFERENCES[name](self.problem), (1.0,), {"merge_method": None})
+            with self._named(name):
+                self._measure(journal, REFERENCES[name](self.problem), (1.0,), {"merge_method": None})
         return journal.rows[1.0]
 
     def rows(self, label: str, variant: Variant, alphas: Sequence[float]) -> list[dict[str, Any]]:
@@ -114,13 +126,19 @@ class Bench:
         key = {"method": variant.merge_method, "parameters": asdict(replace(settings, alpha=1.0)), "tune": searched}
         journal = Journal(self.work, {**self._key, **key})
         missing = tuple(alpha for alpha in alphas if alpha not in journal.rows)
-        try:
-            if missing:
+        if missing:
+            with self._named(label):
                 plan, said = self._solve(variant, settings, alphas)
                 self._measure(journal, plan, missing, said)
+        return [journal.rows[alpha] for alpha in alphas]
+
+    @contextmanager
+    def _named(self, label: str) -> Iterator[None]:
+        """Errors say where they happened."""
+        try:
+            yield
         except ValueError as error:
             raise ValueError(f"{self.replicate.name}, {label}: {error}") from error
-        return [journal.rows[alpha] for alpha in alphas]
 
     def _solve(self, variant: Variant, settings: Any, alphas: tuple[float, ...]) -> tuple[Plan, dict[str, Any]]:
         """The plan, and what its rows say of it: the method, and what tuning chose."""
