@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from sst_merge import held_out, merge
+from sst_merge import calibration, held_out, merge
 from sst_merge.cli import main
 from sst_merge.compare import compare, load_compare, replicate
 from sst_merge.compare.axes import values_of
@@ -150,3 +150,15 @@ def test_a_journal_drops_half_a_line(tmp_path):
     again.add({"alpha": 2.0, "outcomes": {}})
     assert list(Journal(tmp_path, {"a": 1}).rows) == [0.5, 2.0]
     assert Journal(tmp_path, {"a": 2}).rows == {}
+
+
+def test_answers_are_generated_once(tree, setup, tmp_path, monkeypatch):
+    bare = [{"prompt": json.loads(line)["prompt"]} for line in setup.benign.read_text().splitlines()]
+    (tmp_path / "bare.jsonl").write_text("\n".join(map(json.dumps, bare)))
+    tree["calibration"] |= {"benign": str(tmp_path / "bare.jsonl"), "max_new_tokens": 4}
+    tree["compare"] |= {"seeds": 1, "methods": ["task_arithmetic"], "alphas": [1.0]}
+    generate, counted = calibration.generate_answers, []
+    monkeypatch.setattr(calibration, "generate_answers", lambda *args: counted.append(1) or generate(*args))
+    first = compare(tree, tmp_path / "out")
+    again = compare(tree, tmp_path / "out", overwrite=True)
+    assert len(counted) == 1 and again.standings[0].area == first.standings[0].area

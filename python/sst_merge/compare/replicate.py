@@ -79,11 +79,11 @@ class Bench:
         self.replicate, self.work = replicate, work / replicate.name
         config = replicate.config
         judge = replace(config.parameters, seed=replicate.seed, alpha=1.0)
-        self.problem = Problem(replace(config, parameters=judge, fisher_dir=None))
+        self.problem = Problem(replace(config, parameters=judge, fisher_dir=str((self.work / "answers").absolute())))
         self.judge: FisherParameters = judge
         self._key = {
             "code": code_fingerprint(),
-            "data": fingerprint(self.problem, judge),
+            "data": fingerprint(self.problem, judge),  # reads the calibration data, split by the judge's seed
             "evaluators": {name: _describe(evaluator) for name, evaluator in replicate.evaluators.items()},
         }
 
@@ -151,7 +151,6 @@ class Bench:
 
     def _point(self, variant: Variant, settings: Any) -> None:
         """Tell the problem which method it serves, and where that method's Fishers are kept."""
-        self.problem.calibration  # noqa: B018  (split by the judge's seed, once)
         place = None
         if isinstance(settings, FisherParameters):
             said = [settings.collected, settings.patch, settings.weighted_points, settings.samples, settings.seed]
@@ -160,22 +159,22 @@ class Bench:
             self.problem.config, merge_method=variant.merge_method, parameters=settings, fisher_dir=place
         )
 
-    def _measure(self, journal: Journal, plan: Plan, alphas: tuple[float, ...], said: dict[str, Any]) -> None:
+    def _measure(self, journal: Journal, solved: Plan, alphas: tuple[float, ...], said: dict[str, Any]) -> None:
         """A row for every strength, into the journal."""
         problem = self.problem
         at_once = len(alphas)
-        if not plan.in_core:
+        if not solved.in_core:
             size = 4 * sum(problem.updates(n)[0].shape[0] * problem.updates(n)[0].shape[1] for n in problem.names)
             at_once = max(1, BYTES_AT_ONCE // size)
         for start in range(0, len(alphas), at_once):
             chunk = alphas[start : start + at_once]
+            plan = _computed(solved, problem.names, chunk)
             steps = quadratics(problem, plan, chunk, self.judge)
             merged = [
                 Merged({n: exact_update(problem, plan, n, a) for n in problem.names}, plan.merged_biases(problem, a))
                 for a in chunk
             ]
             held = measure(problem, merged)
-            del merged
             for alpha, step, h in zip(chunk, steps, held, strict=True):
                 numbers = {"gain": step.gain, "cost": step.cost, "ratio": step.ratio, "kl": h.kl, "kl_se": h.kl_error}
                 numbers |= {"refusal_change": h.refusal_change, "refusal_change_se": h.refusal_error}
@@ -192,6 +191,12 @@ class Bench:
                     raise ValueError(f"evaluator {name}: {double[0]!r} is another evaluator's too; rename one")
                 outcomes |= measured
         return outcomes
+
+
+def _computed(plan: Plan, names: Sequence[str], alphas: Sequence[float]) -> Plan:
+    """The plan with its updates at some strengths computed once."""
+    updates = {(name, alpha): plan.update(name, alpha) for alpha in alphas for name in names}
+    return replace(plan, update=lambda name, alpha: updates[name, alpha])
 
 
 def each_row(

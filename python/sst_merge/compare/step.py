@@ -96,18 +96,19 @@ def _mean_squares(
     sampling: FisherParameters | None,
     kind: str,
 ) -> Tensor:
-    """E[(gᵀφ_k)²] over the held-out sequences of a kind, (K,), float64."""
-    total, sequences = 0.0, problem.calibration[kind][1]
+    """E[(gᵀφ_k)²] over the held-out sequences of a kind, (K,), float64; labels are sampled or, if None, given."""
+    seed, samples = (None, 1) if sampling is None else (sampling.seed, sampling.samples)
+    sequences, size = problem.calibration[kind][1], problem.config.calibration.batch_size
+    total = 0.0
     with CoreGradients(problem.model, problem.bases, watched=()) as update, _derivatives(problem, plan, steps) as dots:
         for weight, cores in points:
             update.set_cores(cores)
-            for batch in batches(sequences, problem.config.calibration.batch_size, input_device(problem.model)):
-                for sample in range(1 if sampling is None else sampling.samples):
+            for batch in batches(sequences, size, input_device(problem.model)):
+                for sample in range(samples):
                     dots.clear()
-                    seed = None if sampling is None else sampling.seed
                     log_likelihood(problem.model, batch, seed, sample)[0].backward()
-                    total = total + weight * sum(dots).square().sum(0)
-    return total / len(sequences) / (1 if sampling is None else sampling.samples)
+                    total = total + weight / samples * sum(dots).square().sum(0)
+    return total / len(sequences)
 
 
 @contextmanager
