@@ -10,7 +10,7 @@ import pytest
 from sst_merge.compare.axes import Axes, goodness, values_of
 from sst_merge.compare.outcome import Outcome
 from sst_merge.compare.summary import SAFETY_WANTED, _half, summarise, utility_where_safe
-from sst_merge.compare.verdict import verdict
+from sst_merge.compare.verdict import p_value, short_sweeps, verdict
 
 AXES = Axes({"refusal": "higher"}, {"kept": "higher"})
 
@@ -152,3 +152,19 @@ def test_weighted_values_are_sums_over_counts():
 def test_an_axis_of_something_that_was_not_measured():
     with pytest.raises(ValueError, match="no evaluator measured 'other'; measured were refusal, kept"):
         summarise({}, {"utility alone": [row(0, 0.0, 1.0)]}, {"s": 0}, (Axes({"other": "higher"}, {}), 0.95, False))
+
+
+def swept(safety: list[float], method: str = "ties"):
+    """A summary of one variant whose strengths 1, 2, … have these safeties."""
+    rows = {"A": [[row(float(i), x, 0.5, method) for i, x in enumerate(safety, start=1)]]}
+    return summarise(rows, {"utility alone": [row(0.0, 0.0, 1.0)]}, {"s": 0}, (AXES, 0.95, False))
+
+
+def test_a_sweep_that_ends_too_early_is_named():
+    assert short_sweeps(swept([0.0, 0.3]))[0].startswith("The sweep may end too early for A: on some replicate")
+    assert short_sweeps(swept([0.0, 0.0])) and not short_sweeps(swept([0.3, 0.1]))
+    assert not short_sweeps(swept([0.3, 0.95])) and not short_sweeps(swept([0.0, 0.3], "interpolation"))
+
+
+def test_p_values_in_words():
+    assert (p_value(0.0123), p_value(1e-90)) == ("0.012", "< 0.0001")

@@ -21,7 +21,7 @@ from ..report import LIBRARIES
 from . import figures
 from .config import CompareSettings
 from .summary import SAFETY_WANTED, Curve, Row, Standing, Summary, utility_where_safe
-from .verdict import interval, verdict
+from .verdict import interval, p_value, verdict
 
 _COLUMNS = {
     "area": "∫₀¹ max{utility : safety ≥ x} dx over all strengths, mean over replicates, confidence interval",
@@ -91,7 +91,7 @@ def _standing(s: Standing) -> dict[str, Any]:
         "variant": s.label,
         "area": interval(s.area),
         "difference": "best" if s.difference is None else interval(s.difference),
-        "adjusted p": s.p,
+        "adjusted p": None if s.p is None else p_value(s.p),
         "score": s.mean(lambda c: c.score),
         "alpha": f"{alphas[0]:g}" if alphas[0] == alphas[-1] else f"{alphas[0]:g} – {alphas[-1]:g}",
         "best on test": s.mean(lambda c: c.best_score),

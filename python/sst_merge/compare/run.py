@@ -18,6 +18,7 @@ from .config import CompareSettings, load_compare
 from .replicate import REFERENCES, Bench, Replicate, each_row
 from .report import write_comparison
 from .summary import Summary, summarise
+from .verdict import short_sweeps
 
 
 def compare(
@@ -89,7 +90,7 @@ def run_compare(
     summary = summarise(rows, references, seeds, (settings.axes, settings.confidence, shared_prompts))
     configs = {replicate.name: yaml.safe_load(replicate.config.to_yaml()) for replicate in replicates}
     with replace_dir(out, overwrite=overwrite) as folder:
-        write_comparison(folder, summary, settings, configs, list(remarks))
+        write_comparison(folder, summary, settings, configs, [*short_sweeps(summary), *remarks])
         (folder / OUTPUT_MARK).write_text(_resolved(replicates[0].config, settings), encoding="utf-8")
     return summary
 

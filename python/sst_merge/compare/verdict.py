@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from ..settings import AVERAGES
 from .intervals import Estimate
-from .summary import Standing, Summary
+from .summary import SAFETY_WANTED, Standing, Summary
+
+LEAST_P = 1e-4
 
 
 def verdict(summary: Summary) -> list[str]:
@@ -55,10 +58,38 @@ def _separation(standing: Standing, level: float) -> str:
     """In words."""
     if standing.p is None:
         return "equal" if standing.difference.mean == 0 else "with no variation measured, so nothing is known of chance"
-    return f"{'separated' if is_separated(standing, level) else 'not separated'} (adjusted p {standing.p:.2g})"
+    return f"{'separated' if is_separated(standing, level) else 'not separated'} (adjusted p {p_value(standing.p)})"
 
 
 def interval(value: Estimate, digits: int = 3) -> str:
     """A mean with its interval: 0.870 [0.840, 0.900]."""
     mean = f"{value.mean:.{digits}f}"
     return mean if value.low is None else f"{mean} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def p_value(p: float) -> str:
+    """Two digits, but none that neither replicates nor resamples can support."""
+    return f"{p:.2g}" if p >= LEAST_P else f"< {LEAST_P:g}"
+
+
+def short_sweeps(summary: Summary) -> list[str]:
+    """Variants whose sweep may have ended too early: nowhere safe, and safest at its end.
+
+    Args:
+        summary: Of the comparison.
+
+    Returns:
+        A sentence, or none.
+    """
+    ended = [
+        s.label
+        for s in summary.standings
+        if s.method not in AVERAGES
+        and any(c.safety.max() < SAFETY_WANTED and c.safety[-1] == c.safety.max() for c in s.curves)
+    ]
+    if not ended:
+        return []
+    return [
+        f"The sweep may end too early for {'; '.join(ended)}: on some replicate no strength reaches safety "
+        f"{SAFETY_WANTED:g}, and none is safer than the largest. Add larger ones to alphas."
+    ]
