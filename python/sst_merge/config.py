@@ -91,6 +91,9 @@ _RANGES = {  # name -> (low, high, low included, high included)
     "held_out": (0.0, 1.0, False, False),
     "max_new_tokens": (1, math.inf, True, False),
     "rank": (1, math.inf, True, False),
+    "seeds": (1, math.inf, True, False),
+    "confidence": (0.0, 1.0, False, False),
+    "timeout": (0.0, math.inf, False, False),
 }
 
 
@@ -125,6 +128,23 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: An
         config = replace(source, **{key: value for key, value in overrides.items() if value is not None})
         _check(config)
         return config
+    source, folder = read_tree(source)
+    tree = {**source, **{key: value for key, value in overrides.items() if value is not None}}
+    return config_from_tree(tree, folder)
+
+
+def read_tree(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], Path]:
+    """The top-level mapping of a configuration, unchecked, and the folder that its relative paths are relative to.
+
+    Args:
+        source: Path of a YAML file, or the mapping itself (relative to the working folder).
+
+    Returns:
+        Mapping and folder.
+
+    Raises:
+        ValueError: There is no such file, or it holds no mapping in YAML.
+    """
     folder = Path()
     if not isinstance(source, Mapping):
         path = Path(source)
@@ -137,8 +157,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: An
             raise ValueError(f"config file {path} is not valid YAML in UTF-8: {error}") from None
     if not isinstance(source, Mapping):
         raise ValueError("the config must be a mapping with base_model, models and merge_method")
-    tree = {**source, **{key: value for key, value in overrides.items() if value is not None}}
-    return _config(tree, folder)
+    return source, folder
 
 
 def sst_config(base_model: str, models: list[dict[str, Any]], settings: Mapping[str, Any], **top: Any) -> Config:
@@ -165,9 +184,20 @@ def sst_config(base_model: str, models: list[dict[str, Any]], settings: Mapping[
     return config
 
 
-def _config(tree: dict[str, Any], folder: Path) -> Config:
-    """Config from the top-level mapping."""
-    known = {f.name for f in fields(Config)} - set(ROLES) | {"models"}
+def config_from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
+    """A configuration from the top-level mapping, checked; its section `compare` is another reader's.
+
+    Args:
+        tree: As in the YAML.
+        folder: What relative paths are relative to.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: As `load_config`.
+    """
+    known = {f.name for f in fields(Config)} - set(ROLES) | {"models", "compare"}
     _refuse_unknown(tree, known, "the config")
     for key in ("base_model", "models"):
         if key not in tree:
@@ -426,5 +456,6 @@ def _nearest(word: Any, known: Any) -> str:
 
 def _did_you_mean(word: Any, known: Any) -> str:
     """The known word that is near, if one is."""
-    near = difflib.get_close_matches(str(word).lower(), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    folded = {str(name).lower(): name for name in known}
+    near = difflib.get_close_matches(str(word).lower(), folded, n=1)
+    return f"; did you mean {folded[near[0]]!r}?" if near else ""
