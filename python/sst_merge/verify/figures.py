@@ -71,7 +71,7 @@ def _two_dimensions() -> Picture:
             axes.plot([], [], c=color, label=label)
         axes.set(xlabel="v₁", ylabel="v₂", xlim=(-3.5, 3.5), aspect="equal")
         axes.figure.colorbar(dots, ax=axes, label="gain vᵀAv", shrink=0.7)
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
 
     return picture("two_dimensions", "One Fisher is not enough", caption, draw, size=(3.5, 3.2))
 
@@ -134,7 +134,9 @@ def _order(i: int, one: Mapping[str, Any]) -> Picture:
             label = row["step"] if row["step"] in kinds else None
             axes.plot(row["ray"], row["measured_gain"], "o", ms=3, c=color, label=label)
         axes.plot([], [], "o", ms=3, c=GREY, label="random")
-        axes.set(xscale="log", yscale="log", xlabel="Ray(φ), predicted gain per cost", ylabel="E(Δ log p(refusal))²")
+        axes.set(xscale="log", xlabel="Ray(φ), predicted gain per cost", ylabel="E(Δ log p(refusal))²")
+        if all(row["measured_gain"] > 0 for row in one["rows"]):
+            axes.set_yscale("log")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
     return picture(f"order_{i}", "Order of directions", caption, draw)
