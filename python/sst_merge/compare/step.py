@@ -151,7 +151,7 @@ def _contract(module: nn.Module, x: Tensor, delta: Tensor, phi: Tensor, basis: C
         x = input_rows(module, x, basis.q_in.to(delta))
     elif isinstance(module, nn.Embedding):
         scale = getattr(module, "embed_scale", 1.0)
-        return torch.stack([((F.embedding(x, p.mT) * scale) * delta).flatten(1).sum(1) for p in phi], 1).double()
+        return torch.stack([((F.embedding(x, p.mT) * scale) * delta).flatten(1).sum(1) for p in phi], 1).double().cpu()
     else:
         x = input_rows(module, x).to(delta)
-    return torch.stack([((x @ p.mT) * delta).flatten(1).sum(1) for p in phi], 1).double()
+    return torch.stack([((x @ p.mT) * delta).flatten(1).sum(1) for p in phi], 1).double().cpu()
