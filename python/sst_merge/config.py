@@ -45,7 +45,7 @@ _CHOICES = {
     "patch": ("additive", "interpolate"),
     "where": ("local", "path"),
     "point_weights": ("uniform", "linear"),
-    "fisher": ("exact", "gram", "diagonal"),
+    "fisher": ("exact", "gram", "diagonal", "kfac"),
     "select": ("top_k", "soft", "dof", "budget", "signed"),
     "scope": ("global", "module"),
     "coordinates": ("weight", "core"),

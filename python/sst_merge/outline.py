@@ -122,7 +122,7 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
     """What came of it; then what was merged, from which data."""
     survival = report.get("survival", {})
     facts = {
-        **_measured(report.get("held_out", ())),
+        **_measured(report),
         "warnings": f"{len(report['warnings'])}, below" if report.get("warnings") else "none",
         "share of the kept cost that is damping": survival.get("damping_share_kept"),
         "held-out gain per cost of what is kept": survival.get("ray_held_kept"),
@@ -135,6 +135,9 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
         "statistics": report.get("fisher_dir"),
         "seconds": report.get("seconds"),
         "shared damping γ": report.get("gamma"),
+        "damping ε of the ratio": report.get("epsilon"),
+        "share of entries kept": report.get("kept_share"),
+        "least ratio kept": report.get("threshold"),
     }
     for kind, count in report.get("sequences", {}).items():
         facts[f"{kind} sequences"] = f"{count['found']} to find directions, {count['held_out']} held out"
@@ -143,10 +146,11 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _measured(report: Mapping[str, Any]) -> dict[str, str]:
     """What every strength does to held-out sequences, in words."""
+    rows = report.get("held_out", ())
     if not rows:
-        return {"measured": "nothing: no calibration data were given"}
+        return {"measured": report.get("measured", "nothing: no calibration data were given")}
     return {
         f"measured at α {row['alpha']:g}": f"KL {_with_error(row, 'measured_kl')}, change of log p(refusal) "
         f"{_with_error(row, 'measured_refusal')} nats per sequence"
