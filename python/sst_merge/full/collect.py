@@ -142,7 +142,8 @@ def load_utility(models: Models, bytes_an_entry: int) -> nn.Module:
     if needed > available:
         raise ValueError(
             f"memory: {needed / 2**30:.1f} GiB are needed for model and sums, and of {config.device} "
-            f"{available / 2**30:.1f} GiB are free; load the model in a smaller dtype (--dtype bfloat16), or use a larger device"
+            f"{available / 2**30:.1f} GiB are free; load the model in a smaller dtype (--dtype "
+            "bfloat16), or use a larger device"
         )
     model = load_base(of_utility, models.skeleton, dtype).eval()
     if models.unties:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -70,12 +71,14 @@ def _gather(models: Models, model: nn.Module, kind: str, sequences: list[TokenSe
         name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     ]
     rows = list(batches(sequences, config.calibration.batch_size, input_device(model)))
-    accumulator = FactorAccumulator(
-        model,
-        layers,
-        fisher="empirical" if kind == "harm" else "true",
-        options=AccumulatorOptions(seed=p.seed),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what has no factors: the report names it
+        accumulator = FactorAccumulator(
+            model,
+            layers,
+            fisher="empirical" if kind == "harm" else "true",
+            options=AccumulatorOptions(seed=p.seed),
+        )
     with accumulator, tqdm(total=len(rows) * len(p.weighted_points[0]), desc=kind, unit="batch", leave=False) as bar:
         for t, weight in zip(*p.weighted_points, strict=True):
             move_to(models, weights, t)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from sst_kernels import Factors
@@ -90,7 +89,7 @@ class KroneckerSst:
             ValueError: A pencil has no solution; names the layer.
         """
         origin = UTILITY if self.parameters.patch == "interpolate" else BASE
-        for name in tqdm(self.names, desc="layers", unit="layer", leave=False):
+        for name in self.names:
             slab = Slab(name, 0, self.models.of[UTILITY].places[name].numel)
             owners = self.models.needed({UTILITY, SAFETY, origin})
             x = self.models.weighted({owner: self.models.files[owner].read(slab) for owner in owners})
@@ -194,9 +193,7 @@ def check_factors(models: Models, factors: dict[str, Factors]) -> None:
                 )
         for layer, sums in given.layers.items():
             if not all(torch.isfinite(t).all() for t in sums.tensors().values()):
-                raise ValueError(
-                    f"Fisher folder: the {kind} factors of {layer} hold NaN or infinity; gather them again"
-                )
+                raise ValueError(f"Fisher folder: the {kind} factors of {layer} are not finite; gather them again")
         if given.fisher != _GATHERED[kind]:
             models.remarks.append(
                 f"the {kind} factors are of the {given.fisher} Fisher; F_{kind} is the {_GATHERED[kind]} one, whose "
