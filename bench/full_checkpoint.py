@@ -144,7 +144,7 @@ def run_ours(folder: Path, parameters: dict[str, str]) -> tuple[float, int]:
 
 def check(folder: Path, report: dict, parameters: dict[str, str]) -> None:
     """A hard mask keeps the share that was asked for, of as many entries as the checkpoint has."""
-    entries = sum(row["n"] for row in report["modules"])
+    entries = sum(row["entries"] for row in report["modules"])
     stored = sum(f.stat().st_size for f in (folder / "utility").glob("*.safetensors"))
     assert abs(4 * entries - stored) < 1e-3 * stored + 1e5, (entries, stored)
     if parameters.get("mask") != "soft":

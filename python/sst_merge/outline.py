@@ -14,6 +14,8 @@ COLUMNS = {
     "shape": "rows × columns of the weight",
     "rank_utility": "rank of the utility adapter's update",
     "rank_safety": "rank of the safety adapter's update",
+    "entries": "entries of the tensor",
+    "kept_entries": "Σ m of its entries; the mask m is 0 or 1, or between them",
     "n": "directions of the module's core coordinates",
     "kept": "Σ f, directions kept; f is the filter's factor in [0, 1]",
     "kept_energy": "squared norm of the kept patch over the whole one's; may exceed 1",
@@ -24,6 +26,8 @@ COLUMNS = {
     "ray": "mean λ of the kept directions, weighted by kept cost",
     "ray_held": "the same directions' quotient on held-out sequences",
     "damping_share": "share of the kept cost that is damping; near 1, benign data say nothing",
+    "largest_value": "λ of the first direction that is kept, of its layer's pencil",
+    "smallest_kept_value": "λ of the last one",
     "solver": "what the eigensolver says of its result",
 }
 """What the columns of the module table mean."""

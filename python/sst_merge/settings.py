@@ -133,7 +133,8 @@ class DiagonalSstParameters(DiagonalFisherParameters):
     Attributes:
         mask: "hard" keeps the top share of r = f_harm/(f_benign + ε); "soft" weights by r/max r.
         share: Share of coordinates a hard mask keeps.
-        scope: "module", ranking and maximum in every tensor; or "global", over all tensors at once.
+        scope: "module", ranking and maximum in every tensor; or "global", over all at once
+            (full checkpoints only).
         epsilon: ε, in units of the mean of f_benign over all modules.
     """
 
@@ -151,7 +152,8 @@ class DataFreeParameters(AlphaParameters):
         patch: "additive", Δ_u + α m⊙Δ_s; or "interpolate", Δ_u + α m⊙(Δ_s − Δ_u).
         mask: "hard" keeps the top share of r; "soft" weights by r/max r.
         share: Share of entries a hard mask keeps.
-        scope: "module", ranking and maximum in every tensor; or "global", over all tensors at once.
+        scope: "module", ranking and maximum in every tensor; or "global", over all at once
+            (full checkpoints only).
         epsilon: ε, in units of the mean over all modules of what it is added to: Δ_u² (SST-V), |θ_u| (SST-M).
     """
 

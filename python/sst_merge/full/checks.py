@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..adapters.peft_config import CONFIG_NAME
 from ..settings import ROLES, Config, SstParameters
+from .ratios import RATIOS
 
 METHODS = ("sst", "diagonal_sst", "sst_v", "sst_m", "task_arithmetic", "interpolation")
 """Methods that merge full checkpoints."""
@@ -32,6 +33,8 @@ def are_full(config: Config) -> bool:
         )
     if full:
         _check_settings(config)
+    elif config.merge_method in RATIOS and config.parameters.scope == "global":
+        raise ValueError(f"scope: {config.merge_method} of adapters ranks in every module; use scope: module")
     return bool(full)
 
 
@@ -45,6 +48,8 @@ def _check_settings(config: Config) -> None:
         _check_kfac(config.parameters)
     if getattr(config.parameters, "coordinates", "weight") != "weight":
         raise ValueError("coordinates: full checkpoints have no core coordinates; leave the key out")
+    if config.tune:
+        raise ValueError("tune: full checkpoints are not run on held-out data; choose the settings yourself")
     if config.output.rank is not None:
         raise ValueError("output.rank: a full checkpoint has no rank; leave the key out")
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..settings import Config
 from .fishers import KINDS, DiagonalFishers, checked
-from .masks import RATIOS, Mask, Ratio
+from .masks import Mask
 from .models import BASE, SAFETY, UTILITY, Models
+from .ratios import RATIOS, Ratio
 from .tensors import Slab, read_ahead, slabs
 
 _KEPT = 1 << 26

@@ -38,7 +38,7 @@ class FisherFile:
     Attributes:
         tensors: Its tensors, by the names of what is merged.
         count: Number of sequences, where the file says so.
-        total: Σ of all entries, where the file says so.
+        total: Σ of all entries, where the file says so and holds no others.
         is_signed: Whether the file says what it is of.
     """
 
@@ -82,7 +82,8 @@ def check_fishers(models: Models, file: Path, fingerprint: Mapping[str, Any]) ->
         raise ValueError(f"Fisher folder: {file} is a mean over {count} sequences; {_COLLECT}")
     if differing := _differences(said.get("fingerprint", {}), fingerprint):
         raise ValueError(f"Fisher folder: {file} is of another run: {'; '.join(differing)}; {_COLLECT}")
-    return FisherFile(tensors, count, total if isinstance(total, float) and 0 <= total < math.inf else None)
+    covers_more = len(places) > len(models.names)  # then its sum is of other entries too
+    return FisherFile(tensors, count, None if covers_more or not isinstance(total, float) else total)
 
 
 class DiagonalFishers:

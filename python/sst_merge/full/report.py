@@ -41,7 +41,10 @@ def build_full_report(
         "utility": config.utility.model,
         "safety": config.safety.model,
         "merge_method": config.merge_method,
-        "modules": [{**_row(models, name, tally), **method.rows.get(name, {})} for name, tally in tallies.items()],
+        "modules": [
+            _row(models, name, tally) | method.rows.get(name, {"kept_entries": tally.kept})
+            for name, tally in tallies.items()
+        ],
         "strengths": strengths,
         "remarks": [*models.remarks, *([] if fishers is None else fishers.remarks)],
         "warnings": list(method.warnings),
@@ -53,7 +56,7 @@ def build_full_report(
     }
     if method.epsilon is not None:
         report["epsilon"] = method.epsilon
-        report["kept_share"] = sum(t.kept for t in tallies.values()) / sum(row["n"] for row in report["modules"])
+        report["kept_share"] = sum(t.kept for t in tallies.values()) / sum(row["entries"] for row in report["modules"])
     if method.threshold is not None and method.parameters.scope == "global":
         report["threshold"] = method.threshold
     if isinstance(method, KroneckerSst):
@@ -71,7 +74,6 @@ def _row(models: Models, name: str, tally: Tally) -> dict[str, Any]:
     return {
         "module": place.key,
         "shape": list(place.shape),
-        "n": place.numel,
-        "kept": tally.kept,
+        "entries": place.numel,
         "kept_energy": tally.filtered / tally.patch if tally.patch else None,
     }

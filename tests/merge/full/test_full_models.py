@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 from trio import Trio, tensors_of
 
+from sst_merge import merge
+
 WEIGHTS = "model.safetensors"
 
 
@@ -81,7 +83,7 @@ def test_a_tied_embedding_that_is_stored_twice_is_ranked_once_and_written_twice(
     assert torch.equal(merged["lm_head.weight"], merged["transformer.wte.weight"])
     assert not torch.equal(merged["lm_head.weight"], load_file(gpt2.utility / WEIGHTS)["lm_head.weight"])
     rows = json.loads((out / "report.json").read_text())["modules"]
-    assert sum(row["n"] for row in rows) == sum(t.numel() for t in gpt2.tensors("base").values())
+    assert sum(row["entries"] for row in rows) == sum(t.numel() for t in gpt2.tensors("base").values())
     logits_of(out, input_ids)
 
 
@@ -137,7 +139,7 @@ def test_models_that_are_not_three_of_one_kind_are_refused_by_name(gpt2, capsys,
     change_config(gpt2.base, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "original precision, and the base is quantised" in gpt2.refusal(capsys)
     shutil.copy(gpt2_dir / "config.json", gpt2.base / "config.json")
-    assert "ties merges adapters; full checkpoints are merged by diagonal_sst" in gpt2.refusal(capsys, "ties")
+    assert "ties merges adapters; full checkpoints are merged by sst, diagonal_sst" in gpt2.refusal(capsys, "ties")
     gpt2.safety, _ = make_adapter(gpt2_dir, target_modules=["c_attn"], fan_in_fan_out=True)
     assert "utility is a full checkpoint and the other an adapter" in gpt2.refusal(capsys)
 
@@ -174,3 +176,8 @@ def test_configurations_that_differ_are_remarked_on(trio):
     change_config(trio.safety, rope_theta=5e5)
     out = trio.run("task_arithmetic")
     assert "config.json: rope_theta is" in (out / "report.md").read_text()
+
+
+def test_adapters_are_not_ranked_together(setup, tmp_path):
+    with pytest.raises(ValueError, match="sst_v of adapters ranks in every module; use scope: module"):
+        merge(setup.config("sst_v", scope="global"), out=tmp_path / "out")
