@@ -20,10 +20,9 @@ from ..fisher import log_likelihood
 from ..packing import Batch, batches
 from .collect import data_fingerprint, load_utility, move_to, parameters_of, read_sequences, refuse_foreign
 from .fingerprint import fingerprint
-from .fishers import KINDS, fisher_file
+from .fishers import FINGERPRINT_NAME, KINDS, fisher_file
+from .kronecker import check_run
 from .models import Models
-
-FINGERPRINT_NAME = "fisher.json"
 
 
 def collect_factors(models: Models, folder: str | Path) -> list[str]:
@@ -50,13 +49,11 @@ def collect_factors(models: Models, folder: str | Path) -> list[str]:
     said = fingerprint(models, parameters) | {
         kind: data_fingerprint(models, parameters, sequences[kind]) for kind in KINDS
     }
-    known = folder / FINGERPRINT_NAME
-    if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(said)):
-        raise ValueError(f"Fisher folder: {folder} holds factors of other models, data or settings; name another")
+    check_run(folder, said)
     todo = [kind for kind in KINDS if not fisher_file(folder, kind).is_file()]
     if todo:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(known, json.dumps(said, indent=1) + "\n")
+        write_text(folder / FINGERPRINT_NAME, json.dumps(said, indent=1) + "\n")
         model = load_utility(models, 0)
     for kind in todo:
         _gather(models, model, kind, sequences[kind]).save(fisher_file(folder, kind))

@@ -21,6 +21,7 @@ from .tensors import FLOATS, Place, Slab, TensorFiles, places_of
 
 KINDS = ("harm", "benign")
 METADATA_KEY = "sst_merge"
+FINGERPRINT_NAME = "fisher.json"  # of Kronecker factors, beside them
 NORMALISATION = "sequence"
 
 _COLLECT = "collect them again: sst-merge fisher CONFIG --out DIR"
@@ -80,8 +81,7 @@ def check_fishers(models: Models, file: Path, fingerprint: Mapping[str, Any]) ->
     count, total = said.get("count"), said.get("sum")
     if count is not None and not count > 0:
         raise ValueError(f"Fisher folder: {file} is a mean over {count} sequences; {_COLLECT}")
-    if differing := _differences(said.get("fingerprint", {}), fingerprint):
-        raise ValueError(f"Fisher folder: {file} is of another run: {'; '.join(differing)}; {_COLLECT}")
+    refuse_other_run(file, said.get("fingerprint", {}), fingerprint)
     covers_more = len(places) > len(models.names)  # then its sum is of other entries too
     return FisherFile(tensors, count, None if covers_more or not isinstance(total, float) else total)
 
@@ -165,6 +165,21 @@ def _matched(models: Models, places: list[Place], file: Path, metadata: Mapping[
                 f"{wanted[name].shape}; {_COLLECT}"
             )
     return {name: found[name] for name in models.names}
+
+
+def refuse_other_run(file: Path, said: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Compare fingerprints, as far as both speak of the same.
+
+    Args:
+        file: That is spoken of.
+        said: Its fingerprint.
+        wanted: What it is to be of.
+
+    Raises:
+        ValueError: They differ; names the differences.
+    """
+    if differing := _differences(said, wanted):
+        raise ValueError(f"Fisher folder: {file} is of another run: {'; '.join(differing)}; {_COLLECT}")
 
 
 def _differences(said: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[str]:

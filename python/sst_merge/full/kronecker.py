@@ -8,7 +8,8 @@ embedding, norms, biases) stays as in the utility model: no curvature says what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sst_kernels import Factors
 
 from ..settings import Config
 from .elementwise import Change
-from .fishers import KINDS, fisher_file
+from .fishers import FINGERPRINT_NAME, KINDS, fisher_file, refuse_other_run
 from .kfac import Filtered, LayerPencil
 from .models import BASE, SAFETY, UTILITY, Models
 from .tensors import Slab
@@ -161,6 +162,22 @@ def load_factors(folder: str | Path) -> dict[str, Factors]:
         except ValueError as error:
             raise ValueError(f"Fisher folder: {error}") from None
     return found
+
+
+def check_run(folder: str | Path, fingerprint: Mapping[str, Any]) -> None:
+    """ValueError if the folder says that its factors are of another run.
+
+    Args:
+        folder: With `FINGERPRINT_NAME`, if we gathered the factors.
+        fingerprint: What they are to be of.
+
+    Raises:
+        ValueError: Names the differences.
+    """
+    known = Path(folder, FINGERPRINT_NAME)
+    if known.is_file():
+        said = json.loads(known.read_text(encoding="utf-8"))
+        refuse_other_run(known, said, json.loads(json.dumps(fingerprint)))
 
 
 def check_factors(models: Models, factors: dict[str, Factors]) -> None:

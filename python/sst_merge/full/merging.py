@@ -23,7 +23,7 @@ from .collect_factors import collect_factors
 from .elementwise import Change, Elementwise
 from .fingerprint import fingerprint
 from .fishers import DiagonalFishers
-from .kronecker import KroneckerSst, load_factors
+from .kronecker import KroneckerSst, check_run, load_factors
 from .models import OWNERS, UTILITY, Models
 from .output import Output
 from .report import build_full_report
@@ -128,6 +128,7 @@ def _method(models: Models) -> tuple[DiagonalFishers | None, Elementwise | Krone
     """The configuration's method, with its Fishers read."""
     config = models.config
     if config.merge_method == "sst":
+        check_run(config.fisher_dir, fingerprint(models, config.parameters))
         return None, KroneckerSst(models, config, load_factors(config.fisher_dir))
     fishers = None
     if isinstance(config.parameters, FisherParameters):

@@ -182,7 +182,10 @@ def test_our_own_collection_gathers_the_same_factors(small, tmp_path):
     benign = Factors.load(small.fisher / "benign.safetensors")
     assert benign.fisher == "true" and benign.layers.keys() == got.layers.keys()
     small.run("sst", fisher="kfac", k=2, where="local", out="again")
-    assert "factors of other models, data or settings" in refused(small, where="local", seed=5)
+    assert "is of another run: benign.seed is 0 there and 5 here" in refused(small, where="local", seed=5)
+    del small.config["calibration"]
+    small.utility, small.safety = small.safety, small.utility
+    assert "is of another run: models.utility" in refused(small, where="local")
 
 
 def refused(trio: Trio, **parameters: object) -> str:
