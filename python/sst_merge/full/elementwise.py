@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,10 +124,13 @@ class Elementwise:
         count = sum(places[name].numel for name in self.models.names)
         if self.ratio.unit_reads == ("benign",) and "benign" in self.fishers.sums:
             return self.fishers.sums["benign"] / count
-        items = list(slabs(self.models.names, places))
-        return (
-            sum(float(self.ratio.unit(x).double().sum()) for _, x in self._read(items, self.ratio.unit_reads)) / count
-        )
+        total = 0.0
+        for slab, x in self._read(list(slabs(self.models.names, places)), self.ratio.unit_reads):
+            unit = float(self.ratio.unit(x).double().sum())
+            if not math.isfinite(unit):
+                self.models.check_finite(slab)
+            total += unit
+        return total / count
 
     def _read(self, items: Sequence[Slab], reads: Iterable[str]) -> Iterator[tuple[Slab, Mapping[str, Any]]]:
         """Every slab with what is asked for: θ's in the dtype of the merge, Fishers in float32 and checked."""

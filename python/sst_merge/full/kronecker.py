@@ -54,9 +54,10 @@ class KroneckerSst:
     def __init__(self, models: Models, config: Config, factors: dict[str, Factors]) -> None:
         self.models, self.parameters, self.factors = models, config.parameters, factors
         check_factors(models, factors)
-        self.layers = _layers(models)  # weight -> layer's name in the factors
         common = factors["harm"].layers.keys() & factors["benign"].layers.keys()
-        self.layers = {name: layer for name, layer in self.layers.items() if layer in common}
+        prefix = f"{models.skeleton.base_model_prefix}."
+        weights = {f"{layer.removeprefix(prefix)}.weight": layer for layer in sorted(common & _linear(models).keys())}
+        self.layers = {name: layer for name, layer in weights.items() if name in set(models.names)}
         self.names = tuple(name for name in models.names if name in self.layers)
         if not self.names:
             raise ValueError("Fisher folder: no linear layer has factors of both kinds; gather them with some")
@@ -102,7 +103,7 @@ class KroneckerSst:
         """Φ of a layer, flat and in the order in which its weight is stored."""
         layer, p = self.layers[name], self.parameters
         shape = self.models.of[UTILITY].places[name].shape
-        is_transposed = isinstance(self.models.layer(layer), Conv1D)
+        is_transposed = isinstance(self.models.skeleton.get_submodule(layer), Conv1D)
         tau = patch.double().view(shape)
         tau = tau.mT if is_transposed else tau
         pencil = self._pencil(layer)
@@ -196,14 +197,14 @@ def check_factors(models: Models, factors: dict[str, Factors]) -> None:
             f"Fisher folder: harm is {harm.approximation} and benign {benign.approximation}: means per token and per "
             "sequence do not compare; gather both alike"
         )
-    shapes = {layer: models.of[UTILITY].places[name].shape for name, layer in _layers(models).items()}
+    shapes = _linear(models)
     for kind, given in factors.items():
         for layer, spec in given.specs.items():
             if spec.kind != "linear":
                 continue
             if spec.basis:
                 raise ValueError(f"Fisher folder: {kind} has {layer} in a basis; gather it at full width")
-            if layer not in shapes or sorted(shapes[layer]) != sorted((spec.d_out, spec.d_in)):
+            if shapes.get(layer) != (spec.d_out, spec.d_in):
                 raise ValueError(
                     f"Fisher folder: {kind} has a layer {layer!r} of {spec.d_out} × {spec.d_in}, and the model not; "
                     "gather the factors of this model, under its own names"
@@ -218,12 +219,7 @@ def check_factors(models: Models, factors: dict[str, Factors]) -> None:
             )
 
 
-def _layers(models: Models) -> dict[str, str]:
-    """Weight of a linear layer -> the layer's name in the model's class."""
-    prefix, names = f"{models.skeleton.base_model_prefix}.", set(models.names)
-    found = {
-        f"{layer.removeprefix(prefix)}.weight": layer
-        for layer, module in models.skeleton.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D))
-    }
-    return {name: layer for name, layer in found.items() if name in names}
+def _linear(models: Models) -> dict[str, tuple[int, int]]:
+    """Linear layer of the model's class -> (d_out, d_in)."""
+    modules = [(n, m) for n, m in models.skeleton.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    return {n: tuple(m.weight.mT.shape if isinstance(m, Conv1D) else m.weight.shape) for n, m in modules}

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from ..base import is_quantised, load_skeleton, local_folder, weight_map
 from ..settings import ROLES, Config
 from ..vocabulary import check_tokenizers, read_tokenizers
-from .tensors import FLOATS, Place, TensorFiles, places_of
+from .tensors import FLOATS, Place, Slab, TensorFiles, places_of
 
 BASE, UTILITY, SAFETY = OWNERS = ("base", *ROLES)
 
@@ -204,15 +204,27 @@ class Models:
                 said = ", ".join(f"{value!r} in {owner}" for owner, value in values.items())
                 self.remarks.append(f"config.json: {key} is {said}; the output has the utility model's")
 
-    def layer(self, name: str) -> nn.Module:
-        """A module of the base model's class, on the meta device."""
-        return self.skeleton.get_submodule(name)
-
     @cached_property
     def dtype(self) -> torch.dtype:
         """In which the merge is computed: float32, or float64 if a merged tensor is stored so."""
         doubles = (c.places[name].dtype == "F64" for c in self.of.values() for name in self.names)
         return torch.float64 if any(doubles) else torch.float32
+
+    def check_finite(self, slab: Slab) -> None:
+        """Look for weights that are no numbers.
+
+        Args:
+            slab: Where to look.
+
+        Raises:
+            ValueError: There are some; names model and tensor.
+        """
+        for owner in OWNERS:
+            if not torch.isfinite(self.files[owner].read(slab)).all():
+                raise ValueError(
+                    f"{owner}: {slab.name} holds NaN or infinite weights: the training diverged, or the file is "
+                    "damaged; give a sound model"
+                )
 
     def needed(self, owners: Iterable[str]) -> tuple[str, ...]:
         """What must be read for some of the three: θ_0 too, where a weight is not 1."""
