@@ -30,6 +30,7 @@ import yaml
 
 from .settings import (
     AVERAGES,
+    KINDS,
     METHOD_PARAMETERS,
     ROLES,
     Calibration,
@@ -37,6 +38,7 @@ from .settings import (
     FisherParameters,
     ModelRef,
     Output,
+    SstParameters,
 )
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -45,7 +47,10 @@ _CHOICES = {
     "patch": ("additive", "interpolate"),
     "where": ("local", "path"),
     "point_weights": ("uniform", "linear"),
-    "fisher": ("exact", "gram", "diagonal", "kfac"),
+    "fisher": ("exact", "gram", "kfac", "ekfac", "diagonal"),
+    "approximation": ("expand", "reduce"),
+    "shrinkage": ("ledoit_wolf",),
+    "shrinkage_target": ("diagonal", "kronecker"),
     "select": ("top_k", "soft", "dof", "budget", "signed"),
     "scope": ("global", "module"),
     "coordinates": ("weight", "core"),
@@ -55,6 +60,9 @@ _CHOICES = {
     "quantization": ("4bit", "8bit"),
     "device_map": ("auto", "balanced", "sequential"),
 }
+
+_SIDED = ("fisher", "shrinkage", "shrinkage_target")
+"""Keys that a mapping {harm: …, benign: …} gives each of the two Fishers apart."""
 
 _RANGES = {  # name -> (low, high, low included, high included)
     "alpha": (0.0, 10.0, True, True),
@@ -190,6 +198,7 @@ def _check(config: Config) -> None:
     _check_k(config.parameters)
     _check_points(config.parameters)
     _check_rho(config.parameters)
+    _check_shrinkage(config.parameters)
     if config.tune and (config.merge_method != "sst" or config.calibration is None):
         raise ValueError("tune: only merge_method sst is tuned, and on held-out sequences of `calibration`")
     if len(set(config.alphas)) < len(config.alphas):
@@ -266,6 +275,10 @@ def _checked(key: str, value: Any, annotation: str) -> Any:
     names = [name.strip() for name in annotation.split("|")]
     if value is None and "None" in names:
         return None
+    if key in _SIDED and isinstance(value, Mapping):
+        _refuse_unknown(value, KINDS, key)
+        plain = annotation.removesuffix(" | dict")
+        return {kind: _checked(key, own, plain) for kind, own in value.items()}
     if names == ["tuple[float, ...]"] and not isinstance(value, list):
         raise ValueError(f"{key}: expected a list of numbers, got {value!r}")
     if isinstance(value, list) and "tuple[float, ...]" in names:
@@ -280,7 +293,7 @@ def _checked(key: str, value: Any, annotation: str) -> Any:
     if key in _CHOICES and isinstance(value, str) and value not in _CHOICES[key]:
         near = _did_you_mean(value, _CHOICES[key])
         raise ValueError(f"{key}: expected one of {', '.join(_CHOICES[key])}, got {value!r}{near}")
-    if key in _RANGES:
+    if key in _RANGES and not isinstance(value, str):
         low, high, low_in, high_in = _RANGES[key]
         if not ((low <= value if low_in else low < value) and (value <= high if high_in else value < high)):
             interval = f"{'[' if low_in else '('}{low}, {high}{']' if high_in else ')'}"
@@ -312,6 +325,17 @@ def _check_rho(parameters: Any) -> None:
             f"rho: select: {parameters.select} needs rho, what the merge may cost in nats per sequence (½φᵀBφ); the "
             "report of another selection says what the whole patch costs"
         )
+
+
+def _check_shrinkage(parameters: Any) -> None:
+    """The formula for s needs the spread of the sequences."""
+    for kind in KINDS if isinstance(parameters, SstParameters) else ():
+        form = parameters.form(kind)
+        if form.shrinkage == "ledoit_wolf" and form.representation not in ("exact", "gram"):
+            raise ValueError(
+                f"shrinkage: ledoit_wolf is for fisher: exact or gram, and that of {kind} is "
+                f"{form.representation.partition('_')[0]}, whose spread is not known; give a number in [0, 1]"
+            )
 
 
 def _check_points(parameters: Any) -> None:

@@ -14,12 +14,12 @@ import torch
 from .adapters import Adapter
 from .base import local_folder, weight_map
 from .data import TokenSequence
-from .settings import FisherParameters
+from .settings import KINDS, FisherParameters
 
 if TYPE_CHECKING:
     from .problem import Problem
 
-_FORMAT = 1
+_FORMAT = 2
 _BLOCK = 1 << 22  # bytes read at once
 _DIGITS = 16  # of the hash of a sequence: 64 bits
 
@@ -37,11 +37,11 @@ def fingerprint(problem: Problem, parameters: FisherParameters) -> dict[str, Any
     Cost: reads the base model's weights once.
     """
     config = problem.config
-    coordinates, representation = parameters.collected
+    coordinates, kept = parameters.collected
     tree = {
         "format": _FORMAT,
         "normalisation": "sequence",
-        "representation": representation,
+        "representation": kept[0] if kept[0] == kept[1] else dict(zip(KINDS, kept, strict=True)),
         "coordinates": coordinates,
         "models": _models(problem),
         "dtype": problem.dtype_name,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sst_kernels.collect import CoreBasis, CoreGradients
+from sst_kernels.collect import CoreBasis, CoreGradients, TokenGradients
 from sst_kernels.labels import counter_uniform, sample_labels
 
 from .base import input_device
@@ -38,7 +38,7 @@ class CollectionSettings:
     Attributes:
         points: t of the points θ_ft + tτ; (0.0,) is `local`.
         point_weights: Their weights, summing to 1.
-        representation: "exact", "gram" or "diagonal"; see `sums.FisherSums`.
+        representations: Of the Fishers of harmful and of benign data; see `sums.FisherSums`.
         batch_size: Sequences a forward pass.
         samples: Labels ŷ sampled per position for the true Fisher.
         seed: Of the sampled labels.
@@ -47,7 +47,7 @@ class CollectionSettings:
 
     points: tuple[float, ...] = (0.25, 0.5)
     point_weights: tuple[float, ...] = (0.5, 0.5)
-    representation: str = "exact"
+    representations: tuple[str, str] = ("exact", "exact")
     batch_size: int = 8
     samples: int = 1
     seed: int = 0
@@ -173,7 +173,7 @@ class Collector:
         self.gradients.set_cores({**self.origin, **moved})
 
     def _one_batch(self, batch: Batch, sums: FisherSums, weight: float, sampled: bool) -> None:
-        """Forward, backward, and the rows of every module into the sums."""
+        """Forward, backward, and the gradients of every module into the sums."""
         s = self.settings
         samples = s.samples if sampled else 1
         self.gradients.layout(batch.cu_seqlens, batch.attention_mask.flatten())
@@ -181,11 +181,11 @@ class Collector:
         for sample in range(samples):
             seen: set[str] = set()
 
-            def consume(name: str, rows: Tensor, seen: set[str] = seen) -> None:
+            def consume(name: str, gradients: TokenGradients, seen: set[str] = seen) -> None:
                 if name in seen:
                     raise ValueError(f"module {name!r} is called more than once in a forward pass: not supported")
                 seen.add(name)
-                sums.add(name, rows, weight / samples)
+                sums.take(name, gradients, weight / samples)
 
             self.gradients.consume = consume
             loss, logits = log_likelihood(self.model, batch, s.seed if sampled else None, sample, logits)
@@ -227,11 +227,12 @@ def collect_statistics(
     """
     s = collector.settings
     points = dict(zip(s.points, s.point_weights, strict=True))
+    of_harm, of_benign = s.representations
     parts = [
-        Part("harm", harm[0], False, points, s.representation),
-        Part("benign", benign[0], True, points, s.representation),
-        Part("harm_held", harm[1], False, points, s.representation),
-        Part("benign_held", benign[1], True, points, s.representation),
+        Part("harm", harm[0], False, points, of_harm),
+        Part("benign", benign[0], True, points, of_benign),
+        Part("harm_held", harm[1], False, points, of_harm),
+        Part("benign_held", benign[1], True, points, of_benign),
         Part("origin", harm[0], False, {0.0: 1.0}, "gradient"),
     ]
     return Statistics(**{part.name: _collect_part(collector, part, folder) for part in parts})

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from sst_kernels.collect import CoreBasis
 
 from .base import model_bytes
-from .directions import ELEMENTS_AT_ONCE
 from .packing import make_rows
+from .pencils import ELEMENTS_AT_ONCE
+from .settings import KINDS
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -23,14 +24,14 @@ _WORKSPACE = 8 * 6  # bytes an entry: pencils, factors and vectors in float64
 
 
 def estimate_memory(
-    problem: Problem, bases: Mapping[str, CoreBasis], representation: str, coordinates: str
+    problem: Problem, bases: Mapping[str, CoreBasis], representations: tuple[str, str], coordinates: str
 ) -> dict[str, int]:
     """Bytes by use: model, activations, Fisher sums, directions.
 
     Args:
         problem: The merge problem.
         bases: Modules whose Fishers are collected.
-        representation: "exact", "gram" or "diagonal".
+        representations: Of the Fishers of harmful and of benign data; see `sums.FisherSums`.
         coordinates: "core" or "weight"; in the latter nothing is solved.
 
     Returns:
@@ -47,14 +48,17 @@ def estimate_memory(
     sequences = max(len(row) for row in rows) * calibration.batch_size
     n = [basis.n for basis in bases.values()]
     points, samples = len(problem.config.parameters.weighted_points[0]), problem.config.parameters.samples
-    gradients = [
-        points * (samples if kind == "benign" else 1) * len(part)
+    gradients = {
+        kind: [points * (samples if kind == "benign" else 1) * len(part) for part in parts]
         for kind, parts in problem.calibration.items()
-        for part in parts
-    ]
-    entries = sum(_entries(representation, n, count) for count in gradients)
-    squares = sum(gradients) * sum(n) if representation == "gram" else sum(i * i for i in n)
-    stacked = squares if representation == "gram" else min(max(ELEMENTS_AT_ONCE, max(n) ** 2), squares)
+    }
+    shapes = [basis.core_shape for basis in bases.values()]
+    kept = dict(zip(KINDS, representations, strict=True))
+    entries = sum(_entries(kept[kind], shapes, count) for kind, counts in gradients.items() for count in counts)
+    stacked = min(max(ELEMENTS_AT_ONCE, max(n) ** 2), sum(i * i for i in n))
+    squares = sum(i * i for i in n)
+    if "gram" in representations:
+        squares = stacked = sum(map(sum, gradients.values())) * sum(n)
     solved = 0 if coordinates == "weight" else 8 * squares + _WORKSPACE * stacked
     return {
         "model": 0 if problem.live else model_bytes(problem.config, problem.skeleton, dtype),
@@ -66,11 +70,15 @@ def estimate_memory(
     }
 
 
-def _entries(representation: str, n: Sequence[int], rows: int) -> int:
-    """Numbers that the sums of `rows` gradients hold, for modules of n coordinates."""
+def _entries(representation: str, shapes: Sequence[tuple[int, int]], rows: int) -> int:
+    """Numbers that the sums of `rows` gradients hold, for modules of these cores; of Kronecker factors a triangle."""
+    n = [out * into for out, into in shapes]
+    factors = sum(out * (out + 1) // 2 + into * (into + 1) // 2 for out, into in shapes)
     if representation == "diagonal":
         return sum(n)
-    return rows * sum(n) if representation == "gram" else sum(i * min(i, rows) for i in n)
+    if representation.startswith("kfac"):
+        return factors
+    return 2 * factors + (rows * sum(n) if representation == "gram" else sum(i * min(i, rows) for i in n))
 
 
 def available_memory(device: str) -> int:
@@ -80,19 +88,21 @@ def available_memory(device: str) -> int:
     return psutil.virtual_memory().available
 
 
-def check_memory(problem: Problem, bases: Mapping[str, CoreBasis], representation: str, coordinates: str) -> None:
+def check_memory(
+    problem: Problem, bases: Mapping[str, CoreBasis], representations: tuple[str, str], coordinates: str
+) -> None:
     """Print the estimate; refuse a collection that cannot fit.
 
     Args:
         problem: The merge problem.
         bases: Modules whose Fishers are collected.
-        representation: "exact", "gram" or "diagonal".
+        representations: Of the Fishers of harmful and of benign data; see `sums.FisherSums`.
         coordinates: "core" or "weight"; in the latter nothing is solved.
 
     Raises:
         ValueError: The estimate is over what is available.
     """
-    estimate = estimate_memory(problem, bases, representation, coordinates)
+    estimate = estimate_memory(problem, bases, representations, coordinates)
     total, available = sum(estimate.values()), available_memory(problem.config.device)
     parts = ", ".join(f"{use} {_size(size)}" for use, size in estimate.items())
     where = f"{_size(available)} available on {problem.config.device}"
@@ -103,7 +113,7 @@ def check_memory(problem: Problem, bases: Mapping[str, CoreBasis], representatio
             "model": "load it in a smaller dtype (--dtype bfloat16) or on a device with more memory",
             "activations": "lower calibration.batch_size or calibration.max_length",
             "gradient rows": "lower calibration.batch_size, or use core coordinates",
-            "Fisher sums": "use `fisher: diagonal`, or adapters of lower rank",
+            "Fisher sums": "use `fisher: kfac` or `diagonal`, or adapters of lower rank",
             "directions": "use adapters of lower rank",
             "cores": "use core coordinates",
         }[largest]

@@ -143,11 +143,23 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
         "share of entries kept": report.get("kept_share"),
         "least ratio kept": report.get("threshold"),
     }
+    for kind, form in report.get("fishers", {}).items():
+        facts[f"{kind} Fisher"] = _form(form)
     for kind, count in report.get("sequences", {}).items():
         facts[f"{kind} sequences"] = f"{count['found']} to find directions, {count['held_out']} held out"
     for kind, trace in report.get("fisher_trace", {}).items():
         facts[f"trace of the {kind} Fisher"] = trace
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _form(form: Mapping[str, Any]) -> str:
+    """How a Fisher stands in the pencils."""
+    name, s = form["representation"].replace("_", ", "), form["shrinkage"]
+    if not s["most"]:
+        return name
+    target = {"diagonal": "its diagonal", "kronecker": "its nearest Kronecker product"}[form["target"]]
+    amount = shown(s["mean"]) if s["least"] == s["most"] else f"{shown(s['least'])} to {shown(s['most'])}"
+    return f"{name}; shrunk by {amount} towards {target}"
 
 
 def _measured(report: Mapping[str, Any]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from .fisher import CollectionSettings, Collector, collect_statistics
 from .memory import check_memory
 from .packing import check_packing
 from .settings import ROLES, Config, FisherParameters
-from .store import SERVES, FisherFolder
+from .store import FisherFolder, serves
 from .sums import Statistics
 from .vocabulary import check_tokenizers, read_tokenizers
 
@@ -180,18 +180,18 @@ class Problem:
         Raises:
             ValueError: Data, memory, or what is in `fisher_dir`, do not allow it.
         """
-        coordinates, representation = parameters.collected
+        coordinates, wanted = parameters.collected
         collection = coordinates, parameters.patch, *parameters.weighted_points, parameters.samples, parameters.seed
-        for known in SERVES[representation]:
-            if (collection, known) in self._curvature:
-                return self._curvature[collection, known]
+        for (known, kept), curvature in self._curvature.items():
+            if known == collection and serves(kept, wanted):
+                return curvature
         curvature = self._collect(parameters)
-        self._curvature[collection, representation] = curvature
+        self._curvature[collection, wanted] = curvature
         return curvature
 
     def _collect(self, parameters: FisherParameters) -> Curvature:
         """Bases, cores of the patch, and statistics."""
-        coordinates, representation = parameters.collected
+        coordinates, representations = parameters.collected
         bases, origin, patch = {}, {}, {}
         for name in self.names:
             utility, safety = self.updates(name)
@@ -205,7 +205,7 @@ class Problem:
         folder = self._fisher_folder(parameters, changed if coordinates == "core" else {})
         if folder is not None and folder.complete:
             return Curvature(origin, changed, folder.statistics())
-        check_memory(self, {name: bases[name] for name in changed}, representation, coordinates)
+        check_memory(self, {name: bases[name] for name in changed}, representations, coordinates)
         if self.config.calibration.packing:
             check_packing(self.model, self.model_config.vocab_size)
         settings = _collection_settings(parameters, self.config)

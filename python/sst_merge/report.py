@@ -10,10 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .directions import ALL_MODULES, Directions
+from sst_kernels import Status
+from sst_kernels.result import REMEDIES
+
+from .directions import Directions
 from .methods import Plan
+from .pencils import ALL_MODULES, named
 from .problem import Problem
 from .select import filtered_cores
+from .settings import KINDS, SstParameters
 
 _EQUAL = 1e-9  # what is kept may be all there is, but for rounding
 LIBRARIES = ("sst-merge", "torch", "transformers", "peft", "safetensors", "numpy")
@@ -65,10 +70,11 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]]) 
     if plan.directions:
         pencils = summaries[alpha]
         report["gamma"] = plan.gamma
+        report["fishers"] = {kind: _form(problem.config.parameters, plan, kind) for kind in KINDS}
         kept = plan.kept(alpha)
         report["directions"] = {label: _spectrum(d, kept[label]) for label, d in plan.directions.items()}
         report["survival"] = _survival(pencils)
-        report["warnings"] += _not_surviving(report["survival"])
+        report["warnings"] += _not_surviving(report["survival"]) + _not_converged(plan.directions)
         if ALL_MODULES in pencils:
             report["joint"] = {
                 key: value for key, value in pencils[ALL_MODULES].items() if key not in ("kept_energy", "held")
@@ -79,6 +85,14 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]]) 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that a merge depends on."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def _form(parameters: SstParameters, plan: Plan, kind: str) -> dict[str, Any]:
+    """How one Fisher stands in the pencils; s is that of the formula where it was asked for, over the pencils."""
+    form = parameters.form(kind)
+    intensities = [d.shrinkage[KINDS.index(kind)] for d in plan.directions.values()]
+    found = {"least": min(intensities), "mean": sum(intensities) / len(intensities), "most": max(intensities)}
+    return {"representation": form.representation, "target": form.target, "shrinkage": found}
 
 
 def _pencils(plan: Plan, alpha: float) -> dict[str, dict[str, Any]]:
@@ -184,6 +198,19 @@ def _not_surviving(survival: dict[str, float | None]) -> list[str]:
         f"the kept directions do not survive: on held-out sequences their gain per cost is {kept:.3g}, that of the "
         f"whole patch {whole:.3g}. They are noise of the sequences they were found with: give more calibration "
         "examples, keep more (k, mu), or shrink (`shrinkage`)"
+    ]
+
+
+def _not_converged(directions: Mapping[str, Directions]) -> list[str]:
+    """A warning where the solver did not reach its tolerance."""
+    poor = {label: d.status for label, d in directions.items() if Status.CONVERGED.name not in d.status.split(", ")}
+    if not poor:
+        return []
+    label, status = next(iter(poor.items()))
+    reasons = "; ".join(text for bit, text in REMEDIES.items() if bit.name in status.split(", "))
+    return [
+        f"{len(poor)} of {len(directions)} pencils did not converge, first that of {named(label)} "
+        f"({status or 'no status'}): {reasons or 'their directions are approximate'}"
     ]
 
 

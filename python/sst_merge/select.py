@@ -19,7 +19,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .directions import ALL_MODULES, Directions
+from .directions import Directions
+from .pencils import named
 from .settings import SstParameters
 
 _BISECTIONS = 200
@@ -63,18 +64,13 @@ def _counts(values: Mapping[str, Tensor], settings: SstParameters) -> dict[str, 
             return {name: _ceil(f) for name, f in freedom.items()}
         return _global_counts(values, _ceil(sum(freedom.values())))
     if settings.scope == "module":
-        return {name: _count(settings.k, len(v), _named(name)) for name, v in values.items()}
+        return {name: _count(settings.k, len(v), named(name)) for name, v in values.items()}
     return _global_counts(values, settings.k)
 
 
 def _ceil(freedom: float) -> int:
     """⌈N_μ⌉, rounding aside."""
     return math.ceil(freedom * (1 - 1e-12))
-
-
-def _named(name: str) -> str:
-    """A pencil in an error message."""
-    return ALL_MODULES if name == ALL_MODULES else f"module {name!r}"
 
 
 def _median_gain(values: Mapping[str, Tensor]) -> float:

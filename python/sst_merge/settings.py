@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 ROLES = ("utility", "safety")
+KINDS = ("harm", "benign")
+"""Of data, and of the Fishers that they give."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ class FisherParameters(AlphaParameters):
     seed: int = 0
 
     @property
-    def collected(self) -> tuple[str, str]:
-        """Coordinates ("core" or "weight") and representation ("exact", "gram" or "diagonal") of the Fishers."""
-        return "core", "exact"
+    def collected(self) -> tuple[str, tuple[str, str]]:
+        """Coordinates ("core" or "weight"), and what sums keep (`sums.FisherSums`) of harmful and of benign data."""
+        return "core", ("exact", "exact")
 
     @property
     def weighted_points(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -81,12 +83,36 @@ class FisherParameters(AlphaParameters):
 
 
 @dataclass(frozen=True)
+class FisherForm:
+    """How one of the two Fishers stands in the pencil.
+
+    Attributes:
+        representation: "exact", "gram", "diagonal", or "kfac" or "ekfac" with "_expand" or "_reduce".
+        shrinkage: s in [0, 1], or "ledoit_wolf".
+        target: "diagonal" or "kronecker".
+    """
+
+    representation: str
+    shrinkage: float | str
+    target: str
+
+    @property
+    def collected(self) -> str:
+        """What sums must keep for it: EK-FAC has its eigenvalues from the exact Fisher."""
+        return "exact" if self.representation.startswith("ekfac") else self.representation
+
+
+@dataclass(frozen=True)
 class SstParameters(FisherParameters):
     """SST in core coordinates; see `select`.
 
     Attributes:
-        fisher: "exact" or "diagonal", a pencil a module; or "gram", one pencil over all modules.
-        shrinkage: s in [0, 1], towards the diagonal; with "gram" of F_benign alone.
+        fisher: "exact", "kfac", "ekfac" or "diagonal", a pencil a module; or "gram", curvature across modules. One for
+            both Fishers, or {harm: …, benign: …}.
+        approximation: Of "kfac" and "ekfac": "expand" (over tokens) or "reduce" (over sequences).
+        shrinkage: s in [0, 1], F ← (1−s)F + s·target; or "ledoit_wolf", by formula from the spread of the sequences
+            (of "exact" and "gram"). One for both Fishers, or {harm: …, benign: …}.
+        shrinkage_target: "diagonal", or "kronecker", the nearest Kronecker product. One, or {harm: …, benign: …}.
         damping: ε > 0, in units of the mean diagonal of F_benign.
         select: "top_k", "soft", "dof", "budget" or "signed".
         k: Count (integer) or share (float in (0, 1]) of directions that top_k keeps.
@@ -95,8 +121,10 @@ class SstParameters(FisherParameters):
         rho: ρ > 0 of budget and signed, nats per sequence: what the merged patch may cost, ½φᵀBφ.
     """
 
-    fisher: str = "exact"
-    shrinkage: float = 0.0
+    fisher: str | dict = "exact"
+    approximation: str = "expand"
+    shrinkage: float | str | dict = 0.0
+    shrinkage_target: str | dict = "diagonal"
     damping: float = 1.0
     select: str = "top_k"
     k: int | float = 0.05
@@ -104,10 +132,18 @@ class SstParameters(FisherParameters):
     mu: float | None = None
     rho: float | None = None
 
+    def form(self, kind: str) -> FisherForm:
+        """How the Fisher of "harm" or "benign" stands in the pencil."""
+        given = {name: getattr(self, name) for name in ("fisher", "shrinkage", "shrinkage_target")}
+        defaults = {name: type(self).__dataclass_fields__[name].default for name in given}
+        own = {n: v.get(kind, defaults[n]) if isinstance(v, dict) else v for n, v in given.items()}
+        suffix = f"_{self.approximation}" if own["fisher"] in ("kfac", "ekfac") else ""
+        return FisherForm(own["fisher"] + suffix, own["shrinkage"], own["shrinkage_target"])
+
     @property
-    def collected(self) -> tuple[str, str]:
-        """Core coordinates, and the representation that `fisher` names."""
-        return "core", self.fisher
+    def collected(self) -> tuple[str, tuple[str, str]]:
+        """Core coordinates, and what the representations that `fisher` names are made of."""
+        return "core", (self.form("harm").collected, self.form("benign").collected)
 
 
 @dataclass(frozen=True)
@@ -121,9 +157,9 @@ class DiagonalFisherParameters(FisherParameters):
     coordinates: str = "weight"
 
     @property
-    def collected(self) -> tuple[str, str]:
+    def collected(self) -> tuple[str, tuple[str, str]]:
         """Diagonals in the coordinates asked for."""
-        return self.coordinates, "diagonal"
+        return self.coordinates, ("diagonal", "diagonal")
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,19 @@ PARTS = tuple(f.name for f in fields(Statistics))
 SAVE_EVERY = 4  # batches
 SAVE_SHARE = 10  # a save waits until this many times what the last one took has passed
 
-SERVES = {"exact": {"exact", "gram"}, "gram": {"gram"}, "diagonal": {"diagonal", "exact", "gram"}}
+SERVES = {
+    "exact": {"exact", "gram"},
+    "gram": {"gram"},
+    "diagonal": {"diagonal", "exact", "gram"},
+    **{name: {name, "exact", "gram"} for name in ("kfac_expand", "kfac_reduce")},
+}
 """Representation wanted -> those it can be had from."""
+
+
+def serves(known: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether what is kept of harmful and of benign data will do for what is wanted of each."""
+    return all(one in SERVES[other] for one, other in zip(known, wanted, strict=True))
+
 
 _LEFT = (".*.new", ".tmp*")  # by a process that was killed while it wrote: our names, and safetensors' own
 _SAME_PATCH = 1e-4  # relative to the largest core: rounding is far below, another basis far above
@@ -269,7 +280,7 @@ def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any],
     if complete:
         wanted.pop("batches", None)  # a matter of speed, once all is summed
         known = {key: value for key, value in known.items() if key in wanted}  # without data here, none to compare
-        if known["representation"] in SERVES[wanted["representation"]]:
+        if serves(_pair(known["representation"]), _pair(wanted["representation"])):
             wanted["representation"] = known["representation"]
     ours, theirs = wanted.pop("data", {}), known.pop("data", {})
     differences = _differences(known, wanted)
@@ -282,6 +293,13 @@ def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any],
             f"Fisher folder: {path} holds statistics of another run: {'; '.join(differences)}. Name another folder "
             "(--fisher), or remove this one"
         )
+
+
+def _pair(representation: str | Mapping[str, str]) -> tuple[str, str]:
+    """Representations of harmful and of benign data, as a fingerprint has them."""
+    if isinstance(representation, str):
+        return representation, representation
+    return representation["harm"], representation["benign"]
 
 
 def _differences(known: Any, wanted: Any, where: str = "") -> list[str]:

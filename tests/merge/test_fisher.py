@@ -73,9 +73,9 @@ def dense_gradient(model, bases, cores, sequence: TokenSequence, labels: list[in
     return {n: torch.autograd.grad(loss, leaf, retain_graph=True)[0].flatten() for n, leaf in leaves.items()}
 
 
-def collect(model, bases, origin, patch, settings, sequences, *, sampled, points) -> FisherSums:
+def collect(model, bases, origin, patch, settings, sequences, *, sampled, points, representation="exact") -> FisherSums:
     with Collector(model, bases, origin, patch, settings) as collector:
-        return collector.collect(Part("test", sequences, sampled, points, settings.representation))
+        return collector.collect(Part("test", sequences, sampled, points, representation))
 
 
 @pytest.mark.parametrize("representation", ["exact", "gram", "diagonal"])
@@ -87,8 +87,9 @@ def test_empirical_fisher_on_the_path(representation, count):
         make_sequences([5, 9, 3, 6][:count]),
     )
     points = {0.25: 0.75, 0.5: 0.25}
-    settings = CollectionSettings(representation=representation, batch_size=3)
-    sums = collect(model, bases, origin, patch, settings, sequences, sampled=False, points=points)
+    settings = CollectionSettings(batch_size=3)
+    given = {"sampled": False, "points": points, "representation": representation}
+    sums = collect(model, bases, origin, patch, settings, sequences, **given)
     for name in NAMES:
         expected, mean = 0, 0
         for (t, w), s in itertools.product(points.items(), sequences):

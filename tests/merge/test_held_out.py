@@ -98,13 +98,20 @@ def test_tuning_takes_the_best_candidate_and_says_which(setup, tmp_path, monkeyp
     assert chosen["objective"] == min(c["objective"] for c in candidates)
     for c in candidates:
         assert c["objective"] == pytest.approx(c["kl"] + c["refusal_loss"])
-    for name, least in ((size, 3), ("damping", 2), ("shrinkage", 2), ("alpha", 2)):
+    for name, least in ((size, 3), ("damping", 2), ("shrinkage_benign", 2), ("alpha", 2)):
         assert len({c[name] for c in candidates}) >= least, name
+    joint = parameters.get("fisher") == "gram"  # whose F_harm keeps its rows
+    assert {c["shrinkage_harm"] for c in candidates} >= ({0.0} if joint else {0.0, 0.5, "ledoit_wolf"})
+    pairs = {(c["shrinkage_harm"], c["shrinkage_benign"]) for c in candidates}
+    assert "ledoit_wolf" in {s for _, s in pairs} and (joint or pairs & {(0.0, 0.5), (0.5, 0.0)})
     # the merge that was written is the chosen one: again without tuning, from the resolved configuration
-    resolved = load_config(tmp_path / "out/sst_config.yaml")
-    assert {name: getattr(resolved.parameters, name) for name in (size, "damping", "shrinkage", "alpha")} == {
-        name: chosen[name] for name in (size, "damping", "shrinkage", "alpha")
+    resolved = load_config(tmp_path / "out/sst_config.yaml").parameters
+    assert {name: getattr(resolved, name) for name in (size, "damping", "alpha")} == {
+        name: chosen[name] for name in (size, "damping", "alpha")
     }
+    for kind in ("harm", "benign"):
+        form = resolved.form(kind)
+        assert (form.shrinkage, form.target) == (chosen[f"shrinkage_{kind}"], chosen[f"target_{kind}"])
     again = merge({**yaml.safe_load((tmp_path / "out/sst_config.yaml").read_text()), "tune": False})
     assert again.report["held_out"][0]["measured_kl"] == pytest.approx(chosen["kl"], rel=1e-4)
     assert report["held_out"][0]["measured_kl"] == pytest.approx(chosen["kl"], rel=1e-4)

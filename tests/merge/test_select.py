@@ -8,7 +8,8 @@ import scipy.linalg
 import scipy.optimize
 import torch
 
-from sst_merge.directions import ALL_MODULES, find_directions, shared_damping
+from sst_merge.directions import find_directions, shared_damping
+from sst_merge.pencils import ALL_MODULES
 from sst_merge.select import filtered_cores, kept_coefficients
 from sst_merge.settings import SstParameters
 from sst_merge.sums import FisherSums, Statistics
@@ -203,7 +204,7 @@ def test_keeping_everything_returns_the_patch():
 def test_gram_is_the_dense_pencil_over_all_modules(rows, shrinkage):
     """Curvature across modules: the 30 × 30 Fishers of the rows side by side, blocks off the diagonal included."""
     statistics, patch = make_statistics(rows=rows, form="gram")
-    settings = SstParameters(fisher="gram", shrinkage=shrinkage, damping=0.2, select="soft", mu=0.7)
+    settings = SstParameters(fisher="gram", shrinkage={"benign": shrinkage}, damping=0.2, select="soft", mu=0.7)
     directions, _, phis = filtered(statistics, patch, settings)
     d = directions[ALL_MODULES]
 

@@ -57,13 +57,18 @@ def _check_settings(config: Config) -> None:
 def _check_kfac(parameters: SstParameters) -> None:
     """ValueError for what K-FAC SST of whole weights does not do."""
     p = parameters
-    if p.fisher != "kfac":
-        raise ValueError(
-            f"fisher: {p.fisher!r} of whole weights would be a matrix of millions of rows; full checkpoints take kfac, "
-            "or merge_method: diagonal_sst"
-        )
-    if p.shrinkage:
-        raise ValueError(f"shrinkage: a shrunk Kronecker product is none any more; leave it at 0, got {p.shrinkage}")
+    for form in (p.form("harm"), p.form("benign")):
+        if form.representation not in ("kfac_expand", "kfac_reduce"):
+            raise ValueError(
+                f"fisher: {form.representation} of whole weights is not offered; full checkpoints take kfac for both "
+                "Fishers, or merge_method: diagonal_sst"
+            )
+        if form.shrinkage:
+            raise ValueError(
+                f"shrinkage: a shrunk Kronecker product is none any more; leave it at 0, got {form.shrinkage}"
+            )
+    if p.approximation == "reduce" and p.where == "path" and p.point_weights == "linear":
+        raise ValueError("point_weights: linear weighs tokens, and reduce has none; use uniform, or expand")
     if p.select not in ("top_k", "soft"):
         raise ValueError(f"select: {p.select} needs the whole spectrum of a layer; use top_k or soft")
     if p.select == "soft" and p.mu is None:

@@ -46,9 +46,8 @@ def collect_factors(models: Models, folder: str | Path) -> list[str]:
     parameters, folder = models.config.parameters, Path(folder)
     refuse_foreign(folder, FINGERPRINT_NAME)
     sequences = {kind: read_sequences(models, kind) for kind in KINDS}
-    said = fingerprint(models, parameters) | {
-        kind: data_fingerprint(models, parameters, sequences[kind]) for kind in KINDS
-    }
+    said = {"approximation": parameters.approximation} | fingerprint(models, parameters)
+    said |= {kind: data_fingerprint(models, parameters, sequences[kind]) for kind in KINDS}
     check_run(folder, said)
     todo = [kind for kind in KINDS if not fisher_file(folder, kind).is_file()]
     if todo:
@@ -74,13 +73,15 @@ def _gather(models: Models, model: nn.Module, kind: str, sequences: list[TokenSe
             model,
             layers,
             fisher="empirical" if kind == "harm" else "true",
+            approximation=p.approximation,
             options=AccumulatorOptions(seed=p.seed),
         )
     with accumulator, tqdm(total=len(rows) * len(p.weighted_points[0]), desc=kind, unit="batch", leave=False) as bar:
         for t, weight in zip(*p.weighted_points, strict=True):
             move_to(models, weights, t)
             for batch in rows:
-                accumulator.batch(mask=weight * batch.attention_mask.float(), sequences=batch.index)
+                mask = batch.attention_mask if p.approximation == "reduce" else weight * batch.attention_mask.float()
+                accumulator.batch(mask=mask, sequences=batch.index)
                 _one_batch(accumulator, model, batch, 1 if kind == "harm" else p.samples)
                 bar.update()
     return accumulator.factors

@@ -181,6 +181,7 @@ def test_our_own_collection_gathers_the_same_factors(small, tmp_path):
     benign = Factors.load(small.fisher / "benign.safetensors")
     assert benign.fisher == "true" and benign.layers.keys() == got.layers.keys()
     small.run("sst", fisher="kfac", k=2, where="local", out="again")
+    assert "is of another run: approximation" in refused(small, where="local", approximation="reduce")
     assert "is of another run: benign.seed is 0 there and 5 here" in refused(small, where="local", seed=5)
     del small.config["calibration"]
     small.utility, small.safety = small.safety, small.utility
@@ -204,7 +205,9 @@ def test_what_cannot_be_done_is_refused(small):
     assert "soft needs mu" in refused(small, select="soft")
     assert "use top_k or soft" in refused(small, select="dof")
     assert "use scope: module" in refused(small, scope="global")
-    assert "leave it at 0" in refused(small, shrinkage=0.5)
+    assert "leave it at 0" in refused(small, shrinkage={"benign": 0.5})
+    assert "kfac for both" in refused(small, fisher={"harm": "kfac", "benign": "diagonal"})
+    assert "use uniform, or expand" in refused(small, approximation="reduce", point_weights="linear")
 
 
 def test_factors_of_other_models_and_normalisations_are_refused(small):
