@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 
 import yaml
 
-from sst_merge.settings import METHOD_PARAMETERS, ROLES, AlphaParameters, Calibration, Config, ModelRef, Output
+from sst_merge.settings import METHOD_PARAMETERS, ROLES, AlphaParameters, Calibration, Config, ModelRef, Output, TaskRef
 
 _HEAD = """\
 # Keys of the configuration
@@ -50,7 +50,9 @@ def page() -> str:
     lines += table(Config, without=(*ROLES, "parameters", "calibration", "output"))
     lines += ["`models` is a list with an entry for each role: `model`, `role` and `parameters`.", ""]
     lines += ["## `parameters` of an entry of `models`", "", *table(ModelRef, without=("model",))]
-    lines += ["## `calibration`", "", *table(Calibration), "## `output`", "", *table(Output)]
+    lines += ["## `calibration`", "", *table(Calibration)]
+    lines += ["### An entry of `harm` or `benign`, where that is a list", "", *table(TaskRef)]
+    lines += ["## `output`", "", *table(Output)]
     lines += ["## `parameters`", "", *table(AlphaParameters)]
     for kind in dict.fromkeys(c for m in METHOD_PARAMETERS.values() for c in reversed(m.__mro__) if c is not object):
         if kind is not AlphaParameters:

@@ -116,10 +116,20 @@ class TokenGradients:
         """Σ_{t∈s} w_t δ̂_t ⊗ x̂_t = ∂loss/∂vec(C) of each sequence s, row-major: (S, n), float32 or float64."""
         return khatri_rao_rows(self.inputs, self.grads, self.cu_seqlens, self.weight).to(self.device)
 
-    def total(self) -> Tensor:
-        """Σ_t w_t δ̂_t ⊗ x̂_t over all sequences, (n,), float32 or float64."""
-        ends = self.cu_seqlens[[0, -1]]
-        return khatri_rao_rows(self.inputs, self.grads, ends, self.weight)[0].to(self.device)
+    def total(self, importance: Tensor | None = None) -> Tensor:
+        """Σ_s ω_s Σ_{t∈s} w_t δ̂_t ⊗ x̂_t over all sequences, (n,), float32 or float64; ω, (S,), is 1 unless given."""
+        ends, weight = self.cu_seqlens[[0, -1]], self.weight
+        if importance is not None:
+            share = self.by_token(importance).to(self.inputs.device, sum_dtype(self.inputs.dtype))
+            weight = share if weight is None else share * weight
+        return khatri_rao_rows(self.inputs, self.grads, ends, weight)[0].to(self.device)
+
+    def by_token(self, importance: Tensor) -> Tensor:
+        """ω of each token's sequence, (T,), from ω of the sequences, (S,); 0 for tokens of none."""
+        ends = self.cu_seqlens.to(importance.device)
+        share = importance.new_zeros(len(self.inputs))
+        share[int(ends[0]) : int(ends[-1])] = importance.repeat_interleave(ends.diff())
+        return share
 
     @cached_property
     def expanded(self) -> Rows:

@@ -1,4 +1,7 @@
-"""The command `sst-merge`: parses, calls, prints. Exit codes: 0 done, 2 an error the user can mend, 130 interrupted."""
+"""The command `sst-merge`: parses, calls, prints.
+
+Exit codes: 0 done, 1 a claim of the theory is broken (`verify`), 2 an error the user can mend, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     mergekit.add_argument("options", nargs=argparse.REMAINDER, help="mergekit-yaml's own options")
     mergekit.set_defaults(run=_mergekit)
 
+    verify = commands.add_parser("verify", help="check the theory on the pencils of a run, and on planted ones")
+    verify.add_argument("folder", nargs="?", metavar="RUN", help="output folder of merge; none: planted pencils only")
+    verify.add_argument("--out", help="folder for theory.md and theory.json (<RUN>.verify, or planted.verify)")
+    verify.add_argument("--fisher", metavar="DIR", help="the run's statistics, if they were moved; none are collected")
+    verify.add_argument("--alphas", nargs="+", type=float, metavar="α", help="strengths to measure (2⁻⁶ … 2)")
+    verify.add_argument("--seed", type=int, default=0, help="of challengers and drawn labels (default: 0)")
+    verify.add_argument("--challengers", type=int, default=64, help="of each kind, per claim and pencil (default: 64)")
+    verify.set_defaults(run=_verify)
+
     demo = commands.add_parser("demo", help="train a small model, merge by every method, measure, report")
     demo.add_argument("--out", default="demo-out", help="folder for models and report (default: demo-out)")
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds (default: 1)")
@@ -73,7 +85,7 @@ def _fisher(args: argparse.Namespace) -> None:
     if (args.config is None) == (args.add is None):
         raise ValueError("fisher: give a config to collect by, or --add with folders to sum")
     if args.add:
-        from .store import add_folders
+        from .adding import add_folders
 
         add_folders(args.add, args.out)
     else:
@@ -100,6 +112,19 @@ def _mergekit(args: argparse.Namespace) -> None:
 
     run(args.config, args.out, args.options)
     print(f"wrote {args.out} (read {args.out}/report.html)")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """sst-merge verify."""
+    from .verify import ALPHAS, Settings, verify
+
+    settings = Settings(tuple(args.alphas or ALPHAS), args.seed, args.challengers)
+    theory, folder = verify(args.folder, out=args.out, fisher_dir=args.fisher, settings=settings)
+    for row in theory["claims"]:
+        if row["passed"] is False:
+            print(f"broken: {row['claim']}: {row['statement']} ({row['where']})", file=sys.stderr)
+    print(f"{'passed' if theory['passed'] else 'failed'}; wrote {folder} (read {folder / 'theory.md'})")
+    return 0 if theory["passed"] else 1
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -143,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupt = _Interrupt()
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         return _interrupted()
     except Exception as error:
@@ -155,7 +180,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     finally:
         signal.signal(signal.SIGINT, before)
-    return 0
 
 
 if __name__ == "__main__":

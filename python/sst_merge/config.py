@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from .settings import (
     ModelRef,
     Output,
     SstParameters,
+    TaskRef,
 )
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -76,6 +78,7 @@ _RANGES = {  # name -> (low, high, low included, high included)
     "damping": (0.0, math.inf, False, False),
     "mu": (0.0, math.inf, False, False),
     "rho": (0.0, math.inf, False, False),
+    "steps": (1, math.inf, True, False),
     "share": (0.0, 1.0, False, True),
     "epsilon": (0.0, math.inf, False, False),
     "beta": (0.0, 1.0, True, True),
@@ -199,6 +202,7 @@ def _check(config: Config) -> None:
     _check_points(config.parameters)
     _check_rho(config.parameters)
     _check_shrinkage(config.parameters)
+    _check_steps(config)
     if config.tune and (config.merge_method != "sst" or config.calibration is None):
         raise ValueError("tune: only merge_method sst is tuned, and on held-out sequences of `calibration`")
     if len(set(config.alphas)) < len(config.alphas):
@@ -245,12 +249,32 @@ def _section(kind: type, given: Any, where: str, folder: Path = Path()) -> Any:
         raise ValueError(f"{where}: expected a mapping, got {type(given).__name__}")
     known = {f.name: f for f in fields(kind)}
     _refuse_unknown(given, known, where)
-    values = {key: _checked(key, value, str(known[key].type)) for key, value in given.items()}
-    values |= {key: _resolve(values[key], folder) for key in ("model", "harm", "benign") if key in values}
+    lists = {key: _tasks(key, given[key], folder) for key in ("harm", "benign") if isinstance(given.get(key), list)}
+    plain = {key: value for key, value in given.items() if key not in lists}
+    values = lists | {key: _checked(key, value, str(known[key].type)) for key, value in plain.items()}
+    values |= {key: _resolve(values[key], folder) for key in ("model", "harm", "benign", "data") if key in plain}
     for f in fields(kind):
         if f.default is MISSING and f.name not in values:
             raise ValueError(f"{where} lacks `{f.name}`")
     return kind(**values)
+
+
+def _tasks(kind: str, entries: list[Any], folder: Path) -> tuple[TaskRef, ...]:
+    """The tasks of a kind of calibration data, each with its name."""
+    where, tasks = f"calibration.{kind}", []
+    if not entries:
+        raise ValueError(f"{where}: the list is empty; give a path, or entries such as {{data: file.jsonl}}")
+    for entry in entries:
+        task = _section(TaskRef, entry, f"an entry of {where}", folder)
+        name = re.sub(r"[^\w.-]+", "_", Path(task.data).stem) if task.name is None else task.name
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"{where}: name: expected letters, digits and any of _ . - alone, got {name!r}")
+        tasks.append(replace(task, name=name))
+    names, files = [task.name.casefold() for task in tasks], [os.path.realpath(task.data) for task in tasks]
+    for what, keys, remedy in (("file", files, "once, with a larger weight"), ("name", names, "each its own `name`")):
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise ValueError(f"{where}: two entries have the {what} {twice!r}; give {remedy}")
+    return tuple(tasks)
 
 
 def _resolve(path: Any, folder: Path) -> str:
@@ -272,6 +296,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def _checked(key: str, value: Any, annotation: str) -> Any:
     """The value of one key: type, choice and range."""
+    annotation = annotation.replace("tuple[TaskRef, ...]", "list of {data, weight, name}")
     names = [name.strip() for name in annotation.split("|")]
     if value is None and "None" in names:
         return None
@@ -336,6 +361,16 @@ def _check_shrinkage(parameters: Any) -> None:
                 f"shrinkage: ledoit_wolf is for fisher: exact or gram, and that of {kind} is "
                 f"{form.representation.partition('_')[0]}, whose spread is not known; give a number in [0, 1]"
             )
+
+
+def _check_steps(config: Config) -> None:
+    """Several steps go neither with tuning nor with `signed`."""
+    if getattr(config.parameters, "steps", 1) == 1:
+        return
+    if config.tune:
+        raise ValueError("tune: every candidate of several steps needs Fishers of its own; tune with steps: 1")
+    if config.parameters.select == "signed":
+        raise ValueError("steps: select: signed takes no part of the patch, so that none remains; use steps: 1")
 
 
 def _check_points(parameters: Any) -> None:

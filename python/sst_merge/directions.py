@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .mixture import Mixture
 from .pencils import ALL_MODULES, SolvedPencil, solve_pencils
 from .settings import SstParameters
 from .sums import FisherSums, Statistics
@@ -50,7 +51,7 @@ class Directions:
     status: str
 
 
-def shared_damping(benign: FisherSums, names: list[str], epsilon: float) -> float:
+def shared_damping(benign: FisherSums | Mixture, names: list[str], epsilon: float) -> float:
     """γ = ε·Σ tr F_benign / Σ n over the modules named."""
     diagonals = [benign.diagonal_of(name) for name in names]
     return epsilon * sum(float(d.sum()) for d in diagonals) / sum(len(d) for d in diagonals)

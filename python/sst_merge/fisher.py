@@ -23,9 +23,11 @@ from sst_kernels.labels import counter_uniform, sample_labels
 
 from .base import input_device
 from .data import TokenSequence
-from .packing import Batch, batches
+from .mixture import mix_parts, part_name
+from .packing import Batch, batches, count_batches
 from .store import FisherFolder, Progress
 from .sums import FisherSums, Statistics
+from .tasks import Task
 
 Save = Callable[[FisherSums, int], None]
 """(sums, number of batches in them)."""
@@ -59,7 +61,7 @@ class Part:
     """One of the sums that a collection consists of.
 
     Attributes:
-        name: A field of `Statistics`.
+        name: A field of `Statistics`, and the task's name, if it has one: see `mixture.part_name`.
         sequences: Tokenised calibration examples.
         sampled: Labels sampled from the model (true Fisher) instead of given (empirical Fisher).
         points: t -> weight.
@@ -136,13 +138,16 @@ class Collector:
     def __exit__(self, *exc: object) -> None:
         self.gradients.__exit__(*exc)
 
-    def collect(self, part: Part, saved: Progress | None = None, save: Save | None = None) -> FisherSums:
+    def collect(
+        self, part: Part, saved: Progress | None = None, save: Save | None = None, bar: tqdm | None = None
+    ) -> FisherSums:
         """Sums over the sequences of g gᵀ at θ_ft + tτ, one forward and one backward pass a batch and point.
 
         Args:
             part: What to sum.
             saved: Where an earlier run had come to; what it did is not done again.
             save: Called with the sums after every batch.
+            bar: Told of every batch.
 
         Returns:
             The sums; the same bits, however often it was interrupted.
@@ -154,16 +159,16 @@ class Collector:
         device = input_device(self.model)
         rows = list(batches(part.sequences, self.settings.batch_size, device, self.settings.row_length))
         todo = [(t, batch) for t in part.points for batch in rows]
-        title, at = part.name.replace("_", " "), None
-        with tqdm(total=len(todo), initial=done, desc=title, unit="batch", leave=False) as bar:
-            for number, (t, batch) in enumerate(todo[done:], start=done + 1):
-                if t != at:
-                    self._move_to(at := t)
-                self._one_batch(batch, sums, part.points[t], part.sampled)
-                sums.count += part.points[t] * len(batch.index)
+        at = None
+        for number, (t, batch) in enumerate(todo[done:], start=done + 1):
+            if t != at:
+                self._move_to(at := t)
+            self._one_batch(batch, sums, part.points[t], part.sampled)
+            sums.add_count(part.points[t], batch.weight)
+            if bar is not None:
                 bar.update()
-                if save is not None:
-                    save(sums, number)
+            if save is not None:
+                save(sums, number)
         _check_complete(sums, self.patch)
         return sums
 
@@ -177,7 +182,7 @@ class Collector:
         s = self.settings
         samples = s.samples if sampled else 1
         self.gradients.layout(batch.cu_seqlens, batch.attention_mask.flatten())
-        logits = None
+        logits, alike = None, bool((batch.weight == 1).all())
         for sample in range(samples):
             seen: set[str] = set()
 
@@ -185,7 +190,7 @@ class Collector:
                 if name in seen:
                     raise ValueError(f"module {name!r} is called more than once in a forward pass: not supported")
                 seen.add(name)
-                sums.take(name, gradients, weight / samples)
+                sums.take(name, gradients, weight / samples, None if alike else batch.weight)
 
             self.gradients.consume = consume
             loss, logits = log_likelihood(self.model, batch, s.seed if sampled else None, sample, logits)
@@ -208,17 +213,19 @@ def _check_complete(sums: FisherSums, names: Iterable[str]) -> None:
 
 def collect_statistics(
     collector: Collector,
-    harm: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
-    benign: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
+    harm: Sequence[Task],
+    benign: Sequence[Task],
     folder: FisherFolder | None = None,
+    title: str = "",
 ) -> Statistics:
-    """Both Fishers, from found and held-out sequences, and ḡ at θ_ft.
+    """Both Fishers, from found and held-out sequences of every task, and ḡ at θ_ft.
 
     Args:
         collector: Entered.
-        harm: (found, held) sequences of prompts with refusals.
-        benign: (found, held) sequences of what should not change.
+        harm: Tasks of prompts with refusals.
+        benign: Tasks of what should not change.
         folder: Where the sums are kept, every few batches; a collection that is there in part is gone on with.
+        title: Before what the progress bar says.
 
     Returns:
         The statistics.
@@ -226,25 +233,45 @@ def collect_statistics(
     Cost: (1 + share held) · points forward and backward passes over each set, and with `path` one more over `harm`.
     """
     s = collector.settings
+    parts = _parts(s, harm, benign)
+    totals = [len(p.points) * count_batches(p.sequences, s.batch_size, s.row_length) for p in parts.values()]
+    done = [
+        0 if folder is None else folder.batches_done(p.name, total)
+        for p, total in zip(parts.values(), totals, strict=True)
+    ]
+    sums = {}
+    with tqdm(total=sum(totals), initial=sum(done), unit="batch", leave=False) as bar:
+        for key, part in parts.items():
+            bar.set_description(title + part.name.replace("_", " "))
+            sums[key] = _collect_part(collector, part, folder, bar)
+    return mix_parts(sums, {"harm": {t.name: t.weight for t in harm}, "benign": {t.name: t.weight for t in benign}})
+
+
+def _parts(s: CollectionSettings, harm: Sequence[Task], benign: Sequence[Task]) -> dict[tuple[str, str], Part]:
+    """(Field of `Statistics`, task's name) -> what is to be summed, in the order of collection."""
     points = dict(zip(s.points, s.point_weights, strict=True))
     of_harm, of_benign = s.representations
-    parts = [
-        Part("harm", harm[0], False, points, of_harm),
-        Part("benign", benign[0], True, points, of_benign),
-        Part("harm_held", harm[1], False, points, of_harm),
-        Part("benign_held", benign[1], True, points, of_benign),
-        Part("origin", harm[0], False, {0.0: 1.0}, "gradient"),
+    wanted = [
+        ("harm", harm, "found", False, points, of_harm),
+        ("benign", benign, "found", True, points, of_benign),
+        ("harm_held", harm, "held", False, points, of_harm),
+        ("benign_held", benign, "held", True, points, of_benign),
+        ("origin", harm, "found", False, {0.0: 1.0}, "gradient"),
     ]
-    return Statistics(**{part.name: _collect_part(collector, part, folder) for part in parts})
+    return {
+        (field, task.name): Part(part_name(field, task.name), getattr(task, side), *how)
+        for field, tasks, side, *how in wanted
+        for task in tasks
+    }
 
 
-def _collect_part(collector: Collector, part: Part, folder: FisherFolder | None) -> FisherSums:
+def _collect_part(collector: Collector, part: Part, folder: FisherFolder | None, bar: tqdm) -> FisherSums:
     """One part, from the folder as far as it is there."""
     if folder is None:
-        return collector.collect(part)
+        return collector.collect(part, bar=bar)
     saved = folder.load(part.name, part.empty(collector.settings.samples))
     if saved is not None and saved.complete:
         return saved.sums
-    sums = collector.collect(part, saved, partial(folder.save_now_and_then, part.name))
+    sums = collector.collect(part, saved, partial(folder.save_now_and_then, part.name), bar)
     folder.save(part.name, sums)
     return sums

@@ -14,7 +14,7 @@ from sst_kernels.collect import CoreBasis
 
 from .base import model_bytes
 from .packing import make_rows
-from .pencils import ELEMENTS_AT_ONCE
+from .pencils import ALL_PAIRS_UP_TO, ELEMENTS_AT_ONCE
 from .settings import KINDS
 
 if TYPE_CHECKING:
@@ -49,16 +49,18 @@ def estimate_memory(
     n = [basis.n for basis in bases.values()]
     points, samples = len(problem.config.parameters.weighted_points[0]), problem.config.parameters.samples
     gradients = {
-        kind: [points * (samples if kind == "benign" else 1) * len(part) for part in parts]
-        for kind, parts in problem.calibration.items()
+        kind: [points * (samples if kind == "benign" else 1) * len(part) for t in tasks for part in (t.found, t.held)]
+        for kind, tasks in problem.tasks.items()
     }
     shapes = [basis.core_shape for basis in bases.values()]
     kept = dict(zip(KINDS, representations, strict=True))
     entries = sum(_entries(kept[kind], shapes, count) for kind, counts in gradients.items() for count in counts)
-    stacked = min(max(ELEMENTS_AT_ONCE, max(n) ** 2), sum(i * i for i in n))
-    squares = sum(i * i for i in n)
+    pairs = [i * (i if i <= ALL_PAIRS_UP_TO else min(i, gradients["harm"][0])) for i in n]
+    squares = sum(pairs)
+    stacked = min(max(ELEMENTS_AT_ONCE, max(pairs)), squares)
     if "gram" in representations:
-        squares = stacked = sum(map(sum, gradients.values())) * sum(n)
+        blocks = 0 if representations[0] == representations[1] else sum(i * i for i in n)
+        squares = stacked = sum(map(sum, gradients.values())) * sum(n) + blocks
     solved = 0 if coordinates == "weight" else 8 * squares + _WORKSPACE * stacked
     return {
         "model": 0 if problem.live else model_bytes(problem.config, problem.skeleton, dtype),

@@ -20,7 +20,7 @@ from .card import write_cards
 from .checkpoint import Checkpoint
 from .config import load_config
 from .full import FullMergeResult, are_full, collect_full, merge_full
-from .held_out import Merged, compare, measure, warnings_of
+from .held_out import Merged, compare, compare_tasks, measure, warnings_of
 from .methods import METHODS, Plan
 from .problem import Live, Problem
 from .rendering import write_report
@@ -79,7 +79,7 @@ def merge(
 
     Cost: for the statistics, unless they are there, forward and backward passes over the calibration sequences at each
     point of the path, and at θ_ft over the harmful ones; then 1 + (number of strengths) forward passes over those held
-    out.
+    out. With `steps`, the first for θ_ft and one more collection for each further step of each strength.
     """
     config = load_config(config, **overrides)
     if merge_into_base:
@@ -150,7 +150,10 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool, live: Live |
         )
         report = build_report(problem, plan, list(rows))
         if config.calibration is not None:
-            report["held_out"] = compare(report["strengths"], measure(problem, models))
+            measured = measure(problem, models)
+            report["held_out"] = compare(report["strengths"], measured)
+            if by_task := compare_tasks(report["strengths"], measured):
+                report["held_out_tasks"] = by_task
             report["warnings"] += warnings_of(report["held_out"])
         if tuning is not None:
             report["tuning"] = tuning.as_report()
@@ -219,7 +222,7 @@ def _subfolder(problem: Problem, alpha: float, folder: Path) -> Path:
 
 def _refuse_inputs(out: Path, config: Config) -> None:
     """ValueError if the output would replace what is being read, or kept."""
-    data = () if config.calibration is None else (config.calibration.harm, config.calibration.benign)
+    data = () if config.calibration is None else config.calibration.files
     kept = () if config.fisher_dir is None else (config.fisher_dir,)
     for source in (config.base_model, config.utility.model, config.safety.model, *data, *kept):
         target, read = out.resolve(), Path(source).resolve()

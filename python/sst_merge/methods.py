@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ from .settings import (
     TiesParameters,
     TsvParameters,
 )
+from .steps import Walk, walk
 from .sums import FisherSums
 
 Formula = Callable[[Tensor, Tensor, float | Tensor], Tensor]
@@ -63,6 +64,7 @@ class Plan:
         kept: α -> coefficients of Filter(τ) in the directions, by the same keys (SST only).
         curvature: The statistics used, if any.
         gamma: Shared damping γ (SST only).
+        walk: α -> the steps of a merge that has several; then directions, kept, curvature and γ are the first one's.
     """
 
     update: Callable[[str, float], Tensor]
@@ -72,6 +74,7 @@ class Plan:
     kept: Callable[[float], Mapping[str, Tensor]] | None = None
     curvature: Curvature | None = None
     gamma: float | None = None
+    walk: Callable[[float], Walk] | None = None
 
     def merged_biases(self, problem: Problem, alpha: float) -> dict[str, Tensor]:
         """LoRA biases, merged by the method's formula without curvature; one that an adapter lacks is zero there."""
@@ -265,7 +268,22 @@ def _normalised(sums: FisherSums, names: list[str], epsilon: float) -> Callable[
 def _sst(problem: Problem, parameters: SstParameters) -> Plan:
     """Δ_u + α·Filter(τ), Filter from the pencils (F_harm, F_benign + γI)."""
     curvature = problem.curvature(parameters)
-    return sst_plan(curvature, *find_directions(curvature.statistics, curvature.patch, parameters), parameters)
+    directions, gamma = find_directions(curvature.statistics, curvature.patch, parameters)
+    plan = sst_plan(curvature, directions, gamma, parameters)
+    if parameters.steps == 1:
+        return plan
+
+    @cache
+    def steps(alpha: float) -> Walk:
+        return walk(problem, parameters, alpha, (curvature, directions))
+
+    for alpha in parameters.alpha if isinstance(parameters.alpha, tuple) else (parameters.alpha,):
+        steps(alpha)
+
+    def update(name: str, alpha: float) -> Tensor:
+        return steps(alpha).cores[name] if name in curvature.patch else curvature.origin[name]
+
+    return replace(plan, update=update, walk=steps)
 
 
 def sst_plan(

@@ -100,7 +100,9 @@ def outline(report: Mapping[str, Any]) -> list[Section]:
         Section("Summary", facts=_summary(report)),
         Section("Warnings", bullets=report.get("warnings", ())),
         _held_out(report),
+        _tasks(report),
         _strengths(report),
+        _steps(report),
         _tuning(report),
         Section("Directions", pictures=plots.of_directions(report)),
         Section("All modules together", rows=[report["joint"]] if "joint" in report else (), columns=COLUMNS),
@@ -146,7 +148,9 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
     for kind, form in report.get("fishers", {}).items():
         facts[f"{kind} Fisher"] = _form(form)
     for kind, count in report.get("sequences", {}).items():
-        facts[f"{kind} sequences"] = f"{count['found']} to find directions, {count['held_out']} held out"
+        facts[f"{kind} sequences"] = _counts(count)
+        for task, own in count.get("tasks", {}).items():
+            facts[f"{kind} sequences of {task}, weight {own['weight']:g}"] = _counts(own)
     for kind, trace in report.get("fisher_trace", {}).items():
         facts[f"trace of the {kind} Fisher"] = trace
     return {name: value for name, value in facts.items() if value is not None}
@@ -160,6 +164,15 @@ def _form(form: Mapping[str, Any]) -> str:
     target = {"diagonal": "its diagonal", "kronecker": "its nearest Kronecker product"}[form["target"]]
     amount = shown(s["mean"]) if s["least"] == s["most"] else f"{shown(s['least'])} to {shown(s['most'])}"
     return f"{name}; shrunk by {amount} towards {target}"
+
+
+def _counts(count: Mapping[str, Any]) -> str:
+    """Numbers of sequences in words; effective ones where examples have weights."""
+    sides = {"found": "to find directions", "held_out": "held out"}
+    effective = {
+        side: f" (effective {count[f'effective_{side}']:.3g})" for side in sides if f"effective_{side}" in count
+    }
+    return ", ".join(f"{count[side]} {what}{effective.get(side, '')}" for side, what in sides.items())
 
 
 def _measured(report: Mapping[str, Any]) -> dict[str, str]:
@@ -189,6 +202,25 @@ def _held_out(report: Mapping[str, Any]) -> Section:
     rows = report.get("held_out", ())
     paragraphs = [text, *([SELECTED] if "tuning" in report else ())]
     return Section("Held out", text=paragraphs if rows else (), pictures=plots.of_held_out(report), rows=rows)
+
+
+def _tasks(report: Mapping[str, Any]) -> Section:
+    """Which task pays, which gains."""
+    text = "The same, task by task: means of one task each; the figures above are their sums, each times its weight."
+    rows = report.get("held_out_tasks", ())
+    return Section("Held out, by task", text=[text] if rows else (), rows=rows)
+
+
+def _steps(report: Mapping[str, Any]) -> Section:
+    """A row for every step of every strength."""
+    text = (
+        "Every step as the quadratic model where it begins predicts it, by Fishers taken there: KL and change of log "
+        "p(refusal) in nats per sequence, and of the patch that remained the shares of gain and squared norm that were "
+        "kept. Predictions of the strengths above are those of the whole way: lengths √(2 KL) add up, and so do "
+        "changes of log p. Directions and modules below are those of the first step."
+    )
+    rows = report.get("steps", ())
+    return Section("Steps", text=[text] if rows else (), rows=rows)
 
 
 def _strengths(report: Mapping[str, Any]) -> Section:

@@ -43,6 +43,7 @@ from sst_kernels.preconditioners import diagonalized
 from sst_kernels.result import REMEDIES
 from sst_kernels.simplify import simplified
 
+from .mixture import Mixture
 from .settings import FisherForm, SstParameters
 from .shrinkage import intensity, shrunk, targets
 from .sums import FisherSums, Statistics
@@ -98,7 +99,8 @@ def solve_pencils(
     if any(form.representation == "gram" for form in forms):
         yield _solve_unformed(ALL_MODULES, statistics, patch, forms, gamma)
         return
-    small = {name: tau for name, tau in patch.items() if tau.numel() <= ALL_PAIRS_UP_TO}
+    closed = all(form.representation == "diagonal" for form in forms)
+    small = {name: tau for name, tau in patch.items() if closed or tau.numel() <= ALL_PAIRS_UP_TO}
     for group in _batches_of_equal_n(small):
         yield from _solve_batch(statistics, {name: patch[name] for name in group}, forms, gamma)
     for name, tau in patch.items():
@@ -131,7 +133,7 @@ def _solve_batch(
 
 
 def _stacked(
-    sums: FisherSums, patch: Mapping[str, Tensor], form: FisherForm, gamma: float
+    sums: FisherSums | Mixture, patch: Mapping[str, Tensor], form: FisherForm, gamma: float
 ) -> tuple[Operator, list[Tensor], list[float]]:
     """F + γI of modules of one n in one operator, Diagonal or Dense; its products with the patch, and every s."""
     operators, products, intensities = [], [], []
@@ -148,7 +150,9 @@ def _stacked(
     return Dense(matrices), products, intensities
 
 
-def _module_fisher(sums: FisherSums, name: str, form: FisherForm, shape: tuple[int, int]) -> tuple[Operator, float]:
+def _module_fisher(
+    sums: FisherSums | Mixture, name: str, form: FisherForm, shape: tuple[int, int]
+) -> tuple[Operator, float]:
     """(1−s)F + s·T of one module, and s."""
     operator = sums.operator(name, form.representation)
     if form.shrinkage == 0:
@@ -232,11 +236,11 @@ def _solve_unformed(
     return SolvedPencil(label, tuple(patch), values, vectors, *products, (a.shrinkage, b.shrinkage), status)
 
 
-def _unformed(sums: FisherSums, patch: Mapping[str, Tensor], form: FisherForm) -> _Unformed:
+def _unformed(sums: FisherSums | Mixture, patch: Mapping[str, Tensor], form: FisherForm) -> _Unformed:
     """(1−s)F + s·T of several modules: rows where they are kept for all together or for the one, else blocks."""
     names, shapes = list(patch), [tuple(tau.shape) for tau in patch.values()]
     together = form.representation == "gram" or (len(names) == 1 and form.representation == "exact")
-    if not together or any(name not in sums.rows for name in names):
+    if not together or not all(map(sums.has_rows, names)):
         parts = [_module_fisher(sums, name, form, shape) for name, shape in zip(names, shapes, strict=True)]
         return _Unformed(None, [operator for operator, _ in parts], sum(s for _, s in parts) / len(parts))
     rows = sums.joint_rows(names) / math.sqrt(sums.count)

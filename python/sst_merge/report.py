@@ -13,6 +13,7 @@ from torch import Tensor
 from sst_kernels import Status
 from sst_kernels.result import REMEDIES
 
+from .counts import count_sequences, few_effective
 from .directions import Directions
 from .methods import Plan
 from .pencils import ALL_MODULES, named
@@ -36,7 +37,7 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]]) 
         JSON-ready. Units: gain, cost and slope are nats per sequence, of the filtered patch at α = 1 (they go with α²,
         α² and α); damping shares are in [0, 1]. Kept energy may exceed 1: the projector is orthogonal in the metric
         F_benign + γI, not in the Euclidean one. Modules and directions are those of the last α (only `budget` keeps
-        other directions at another α).
+        other directions at another α), and of the first step where there are several.
     """
     alpha = strengths[-1]["alpha"]
     summaries = {s["alpha"]: _pencils(plan, s["alpha"]) for s in strengths} if plan.directions else {}
@@ -47,26 +48,22 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]]) 
         "safety": problem.config.safety.model,
         "merge_method": problem.config.merge_method,
         "modules": [_module(problem, plan, name, summaries.get(alpha, {})) for name in problem.names],
-        "strengths": [{**s, **_predictions(summaries.get(s["alpha"], {}), s["alpha"])} for s in strengths],
+        "strengths": [{**s, **_predictions(plan, summaries.get(s["alpha"], {}), s["alpha"])} for s in strengths],
         "remarks": problem.remarks,
         "warnings": [],
         "not_covered": _not_covered(problem),
     }
     if plan.curvature is not None:
         statistics, names = plan.curvature.statistics, plan.curvature.patch
-        points = sum(problem.config.parameters.weighted_points[1])
-        report["sequences"] = {
-            kind: {
-                part: round(getattr(statistics, field).count / points)
-                for part, field in (("found", kind), ("held_out", f"{kind}_held"))
-            }
-            for kind in ("harm", "benign")
-        }
+        report["sequences"] = {kind: count_sequences(statistics, kind) for kind in ("harm", "benign")}
+        report["warnings"] += few_effective(report["sequences"])
         report["fisher_trace"] = {
             kind: sum(float(getattr(statistics, kind).diagonal_of(name).sum()) for name in names)
             for kind in ("harm", "benign")
         }
         report["fisher_dir"] = problem.config.fisher_dir
+    if plan.walk is not None:
+        report["steps"] = [row for s in strengths for row in plan.walk(s["alpha"]).rows]
     if plan.directions:
         pencils = summaries[alpha]
         report["gamma"] = plan.gamma
@@ -162,19 +159,20 @@ def _mean(values: Tensor, weight: Tensor) -> float | None:
     return float((weight * values).sum()) / total if total > 0 else None
 
 
-def _predictions(pencils: Mapping[str, dict[str, Any]], alpha: float) -> dict[str, float]:
-    """What the quadratic model says a strength does, in nats per sequence."""
+def _predictions(plan: Plan, pencils: Mapping[str, dict[str, Any]], alpha: float) -> dict[str, float]:
+    """What the quadratic model says a strength does, in nats per sequence; of several steps, those along the way."""
     if not pencils:
         return {}
 
     def total(key: str) -> float:
         return sum(pencil[key] for pencil in pencils.values())
 
-    return {
+    predictions = {
         "predicted_kl": alpha**2 * total("kl"),
         "predicted_kl_unfiltered": alpha**2 * total("kl_full"),
         "predicted_refusal": alpha * total("slope"),
     }
+    return predictions if plan.walk is None else predictions | plan.walk(alpha).predictions
 
 
 def _survival(pencils: Mapping[str, dict[str, Any]]) -> dict[str, float | None]:

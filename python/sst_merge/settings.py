@@ -119,6 +119,8 @@ class SstParameters(FisherParameters):
         scope: Of top_k and dof: "module", k in every module; or "global", k over all modules by one ranking.
         mu: μ > 0 of soft and dof; the median λ when null.
         rho: ρ > 0 of budget and signed, nats per sequence: what the merged patch may cost, ½φᵀBφ.
+        steps: n; with more than one, the merge is made in n steps, Fishers taken afresh where each begins: a
+            collection for every strength and every step but the first.
     """
 
     fisher: str | dict = "exact"
@@ -131,6 +133,7 @@ class SstParameters(FisherParameters):
     scope: str = "module"
     mu: float | None = None
     rho: float | None = None
+    steps: int = 1
 
     def form(self, kind: str) -> FisherForm:
         """How the Fisher of "harm" or "benign" stands in the pencil."""
@@ -286,12 +289,27 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
+class TaskRef:
+    """One of several sets of calibration data of a kind.
+
+    Attributes:
+        data: JSONL.
+        weight: w_t > 0 of F = Σ_t w_t F_t, and of what is measured: weights that sum to 1 keep nats per sequence.
+        name: Of the task, in the report and in the folder of statistics; the file's without its ending when null.
+    """
+
+    data: str
+    weight: float = 1.0
+    name: str | None = None
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Calibration data.
 
     Attributes:
-        harm: JSONL of forbidden prompts with refusals.
-        benign: JSONL of prompts with answers that should not change.
+        harm: JSONL of forbidden prompts with refusals; or a list of tasks, each {data, weight, name}.
+        benign: JSONL of prompts with answers that should not change; or a list of tasks.
         max_length: Longer sequences are cut.
         batch_size: Sequences a forward pass; rows, when they are packed.
         held_out: Share kept apart to judge directions by.
@@ -300,14 +318,24 @@ class Calibration:
         tokenizer: Whose tokenizer and chat template are used: "base", or a role whose adapter's folder has one.
     """
 
-    harm: str
-    benign: str
+    harm: str | tuple[TaskRef, ...]
+    benign: str | tuple[TaskRef, ...]
     max_length: int = 512
     batch_size: int = 8
     held_out: float = 0.25
     packing: bool = False
     max_new_tokens: int = 64
     tokenizer: str = "base"
+
+    def tasks(self, kind: str) -> tuple[TaskRef, ...]:
+        """The tasks of a kind, "harm" or "benign"; a path alone is one task with the name ""."""
+        given = getattr(self, kind)
+        return (TaskRef(given, name=""),) if isinstance(given, str) else given
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file of data."""
+        return tuple(task.data for kind in ("harm", "benign") for task in self.tasks(kind))
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from sst_kernels import EKFAC, Diagonal, Gram, Kronecker, Scaled, Sum
 from sst_kernels.operators import Operator, kronecker_product
 from sst_kernels.simplify import simplified
 
+from .mixture import Mixture
 from .settings import FisherForm
-from .sums import FisherSums
+from .sums import FisherSums, squared_norms
 
 Contraction = Callable[[Tensor], Tensor]
 
@@ -109,7 +110,7 @@ def _contractions(operator: Operator, shape: tuple[int, int]) -> tuple[Contracti
     )
 
 
-def intensity(sums: FisherSums, form: FisherForm, aims: Mapping[str, Operator]) -> float:
+def intensity(sums: FisherSums | Mixture, form: FisherForm, aims: Mapping[str, Operator]) -> float:
     """s: the number given, or by the formula above.
 
     Args:
@@ -123,7 +124,7 @@ def intensity(sums: FisherSums, form: FisherForm, aims: Mapping[str, Operator]) 
     if form.shrinkage != "ledoit_wolf":
         return form.shrinkage
     names = list(aims)
-    variance, norm = sums.sampling_variance(names), sums.squared_norms(names)
+    variance, norm = sums.sampling_variance(names), squared_norms(sums, names)
     if form.target == "diagonal":
         spread, distance = float(variance[0] - variance[1]), float(norm[0] - norm[1])
     else:

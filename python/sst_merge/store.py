@@ -1,19 +1,17 @@
 """Statistics on disk: sums and counts in safetensors, with the fingerprint of the run that gathers them.
 
-A folder holds `fisher.json`, the fingerprint, and a file for each field of `Statistics`, with how far it has come in
-its metadata. Every file is written beside its place and renamed into it, so that a run killed at any moment leaves a
-folder that the next one goes on with.
+A folder holds `fisher.json`, the fingerprint, and a file for each field of `Statistics` and task, with how far it has
+come in its metadata: `harm.safetensors`, or `harm-NAME.safetensors` where the tasks have names. Every file is written
+beside its place and renamed into it, so that a run killed at any moment leaves a folder that the next one goes on with.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,14 @@ from torch import Tensor
 
 from . import atomic
 from .data import TokenSequence
+from .mixture import KINDS, mix_parts, part_name
 from .sums import FisherSums, Statistics
 
 FINGERPRINT_NAME = "fisher.json"
 PATCH_NAME = "patch.safetensors"
 ANSWERS_NAME = "answers-{kind}-{digest}.json"
 PARTS = tuple(f.name for f in fields(Statistics))
+STEP_NAME = "step-{step}-{digest}"
 SAVE_EVERY = 4  # batches
 SAVE_SHARE = 10  # a save waits until this many times what the last one took has passed
 
@@ -90,12 +90,17 @@ class FisherFolder:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self._waited, self._saved_at, self._took = 0, time.monotonic(), 0.0
         _refuse_foreign(self.path)
-        if any(self._file(part).is_file() for part in PARTS):
+        if self._has_begun:
             wanted, self.fingerprint = self.fingerprint, read_fingerprint(self.path)
             _check_same(self.path, self.fingerprint, wanted, complete=self.complete)
             self._check_patch()
         for left in (left for pattern in _LEFT for left in self.path.glob(pattern)):
             left.unlink()
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether a part has been saved."""
+        return any(any(self.path.glob(f"{part}{end}.safetensors")) for part in PARTS for end in ("", "-*"))
 
     def _check_patch(self) -> None:
         """ValueError if the statistics are in other coordinates than the patch is here."""
@@ -116,15 +121,28 @@ class FisherFolder:
         return self.path / f"{part}.safetensors"
 
     @property
+    def tasks(self) -> dict[str, tuple[str, ...]]:
+        """Keys "harm" and "benign" -> names of their tasks; ("",) where there is one without a name."""
+        return tasks_of(self.fingerprint)
+
+    @property
     def complete(self) -> bool:
         """Whether every part is there to its end."""
-        return all(self._file(part).is_file() and self._metadata(part)["complete"] for part in PARTS)
+        parts = [part_name(field, task) for field, kind in KINDS.items() for task in self.tasks[kind]]
+        return all(self._file(part).is_file() and self._metadata(part)["complete"] for part in parts)
+
+    def batches_done(self, part: str, total: int) -> int:
+        """How many of the `total` batches of a part are in what is there of it."""
+        if not self._file(part).is_file():
+            return 0
+        metadata = self._metadata(part)
+        return total if metadata["complete"] else metadata["batches"]
 
     def load(self, part: str, sums: FisherSums | None = None) -> Progress | None:
         """What is there of a part.
 
         Args:
-            part: A field of `Statistics`.
+            part: Its name, from `part_name`.
             sums: Empty sums with room for all rows; None for a part that is complete.
 
         Returns:
@@ -142,12 +160,23 @@ class FisherFolder:
         with safe_open(file, framework="pt", device=self.device) as tensors:
             loaded = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
         sums = FisherSums(metadata["representation"]) if sums is None else sums
-        sums.load(loaded, metadata["count"])
+        count = metadata["count"]  # alone in folders from before there were weights
+        sums.load(loaded, (count, metadata.get("sequences", count), metadata.get("squares", count)))
         return Progress(sums, metadata["batches"], metadata["complete"])
 
-    def statistics(self) -> Statistics:
-        """All parts of a complete collection."""
-        return Statistics(**{part: self.load(part).sums for part in PARTS})
+    def statistics(self, weights: Mapping[str, Mapping[str, float]] | None = None) -> Statistics:
+        """All parts of a complete collection.
+
+        Args:
+            weights: "harm" and "benign" -> task's name -> w_t; None takes every task, of weight 1.
+
+        Returns:
+            F = Σ_t w_t F_t of the tasks named.
+        """
+        if weights is None:
+            weights = {kind: dict.fromkeys(tasks, 1.0) for kind, tasks in self.tasks.items()}
+        wanted = [(field, task) for field, kind in KINDS.items() for task in weights[kind]]
+        return mix_parts({(field, task): self.load(part_name(field, task)).sums for field, task in wanted}, weights)
 
     def _metadata(self, part: str) -> dict[str, Any]:
         """How far a part has come, from its file's header; ValueError if it is damaged or not of this folder."""
@@ -168,7 +197,7 @@ class FisherFolder:
         """Save a part after a batch, if `SAVE_EVERY` batches have come and saving is not a tenth of the work.
 
         Args:
-            part: A field of `Statistics`.
+            part: Its name.
             sums: So far.
             batches: How many batches are in them.
         """
@@ -184,7 +213,7 @@ class FisherFolder:
         """Replace the file of a part.
 
         Args:
-            part: A field of `Statistics`.
+            part: Its name.
             sums: So far.
             batches: How many batches are in them; None when complete.
 
@@ -194,6 +223,8 @@ class FisherFolder:
         metadata = {
             "representation": sums.representation,
             "count": sums.count,
+            "sequences": sums.sequences,
+            "squares": sums.squares,
             "batches": batches or 0,
             "complete": batches is None,
             "run": _digest(self.fingerprint),
@@ -205,7 +236,7 @@ class FisherFolder:
 
     def _begin(self) -> None:
         """Make the folder, before the first part is saved."""
-        if any(self._file(part).is_file() for part in PARTS):
+        if self._has_begun:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         if self.patch:
@@ -219,11 +250,18 @@ def _refuse_foreign(path: Path) -> None:
     if not path.exists():
         return
     ours = {FINGERPRINT_NAME, PATCH_NAME, *(f"{part}.safetensors" for part in PARTS)}
+    patterns = *_LEFT, ANSWERS_NAME.format(kind="*", digest="*"), STEP_NAME.format(step="*", digest="*")
+    patterns += tuple(f"{part}-*.safetensors" for part in PARTS)
     if not path.is_dir() or any(
-        file.name not in ours and not any(map(file.match, (ANSWERS_NAME.format(kind="*", digest="*"), *_LEFT)))
-        for file in path.iterdir()
+        file.name not in ours and not any(map(file.match, patterns)) for file in path.iterdir()
     ):
         raise ValueError(f"Fisher folder: {path} exists and holds other things; name a new or empty folder")
+
+
+def tasks_of(fingerprint: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Keys "harm" and "benign" -> names of the tasks whose data a fingerprint lists; ("",) where it lists none."""
+    parts = [part.partition("-") for part in fingerprint.get("data", {})]
+    return {kind: tuple(task for field, _, task in parts if field == kind) or ("",) for kind in ("harm", "benign")}
 
 
 def load_answers(file: Path) -> list[TokenSequence]:
@@ -314,51 +352,3 @@ def _short(value: Any) -> str:
     """A value, hashes cut to what tells them apart."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
-
-
-def add_folders(parts: Sequence[str | Path], out: str | Path) -> None:
-    """Sums over the sequences of several complete collections, as a new folder.
-
-    Args:
-        parts: Two folders or more, collected by equal models and settings from different data.
-        out: The folder to write; it appears whole or not at all.
-
-    Raises:
-        ValueError: A part is incomplete, or of other models, settings or normalisation, or has data of another.
-    """
-    folders = [Path(part) for part in parts]
-    if len(folders) < 2:
-        raise ValueError(f"fisher --add: expected two folders or more, got {len(folders)}")
-    if Path(out).exists():
-        raise ValueError(f"fisher --add: {out} exists already; name a new folder for the sum")
-    fingerprints = [read_fingerprint(folder) for folder in folders]
-    data = {part: [s for known in fingerprints for s in known["data"][part]] for part in fingerprints[0]["data"]}
-    for kind in ("harm", "benign"):
-        _refuse_overlap(kind, [set(known["data"][kind] + known["data"][f"{kind}_held"]) for known in fingerprints])
-    total = {**fingerprints[0], "data": data}
-    patch = load_file(folders[0] / PATCH_NAME) if (folders[0] / PATCH_NAME).is_file() else {}
-    opened = [
-        FisherFolder(path, {**total, "data": known["data"]}, patch=patch)
-        for path, known in zip(folders, fingerprints, strict=True)
-    ]
-    for folder in opened:
-        if not folder.complete:
-            raise ValueError(f"fisher --add: {folder.path} is not complete; finish it with `sst-merge fisher`")
-    with atomic.replace_dir(out) as fresh:
-        written = FisherFolder(fresh, total, patch=patch)
-        for part in PARTS:
-            sums = opened[0].load(part).sums
-            for other in opened[1:]:
-                sums = sums.merged(other.load(part).sums)
-            written.save(part, sums)
-        for file in (file for folder in folders for file in folder.glob(ANSWERS_NAME.format(kind="*", digest="*"))):
-            shutil.copyfile(file, fresh / file.name)
-
-
-def _refuse_overlap(kind: str, parts: Sequence[set[str]]) -> None:
-    """ValueError if two collections hold the same sequence."""
-    for first, second in combinations(parts, 2):
-        if common := first & second:
-            raise ValueError(
-                f"fisher --add: {len(common)} sequences of {kind} are in two of the folders, and would count twice"
-            )

@@ -8,9 +8,9 @@ of its Kronecker approximation F ≈ grad_factor ⊗ input_factor (Martens and G
 - *reduce* takes x̂_t as constant over a sequence, g_s ≈ (Σ_t δ̂_t) ⊗ (mean_t x̂_t), and has the same formula with
   sequences for tokens.
 
-T counts the tokens (sequences) that bear gradient in that module, δ̂_t ≠ 0: later tokens than the last that bears loss,
-and before a last layer all that predict nothing, have no say in S_A. So what is appended to a sequence without being
-part of its loss changes nothing, as with F itself.
+T counts the tokens (sequences) that bear gradient in that module, δ̂_t ≠ 0, and S_A sums over them: padding, tokens
+after the last that bears loss and, in a last layer, those that predict nothing are not among them. So what is appended
+to a sequence without being part of its loss changes nothing, as with F itself.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ from sst_kernels.collect import TokenGradients
 from sst_kernels.layer_factors import LayerFactors, LayerSpec
 from sst_kernels.operators import Operator, kronecker_product
 
+if TYPE_CHECKING:
+    from .mixture import Mixture
+
 APPROXIMATIONS = ("expand", "reduce")
-REPRESENTATIONS = ("exact", "gram", "diagonal", *(f"kfac_{kind}" for kind in APPROXIMATIONS))
 
 
 @dataclass
@@ -41,16 +44,18 @@ class FisherSums:
     and "gradient" nothing but Σ w g. "exact" and "gram" keep both kinds of factors too, r_out² + r_in² numbers each.
 
     Attributes:
-        representation: One of `REPRESENTATIONS`, or "gradient".
+        representation: "exact", "gram", "diagonal", "kfac_expand", "kfac_reduce" or "gradient".
         capacity: N, how many rows a module will get; None where that is not known (then "exact" keeps matrices).
         second: Module name -> (n, n), only its lower triangle is meaningful; or (n,).
         fourth: Module name of a matrix in `second` -> (2,), float64: Σ w ‖g‖⁴ and Σ w Σ_i g_i⁴.
         rows: Module name -> (N, n); those beyond `filled` are still to come.
-        weights: Module name -> (N,), w of each row.
+        weights: Module name -> (N,), w ω of each row.
         filled: Module name -> how many of its rows are there.
         first: Module name -> (n,), Σ w g.
         factors: "expand" or "reduce" -> module name -> w S_A, w S_G and w T.
-        count: Σ w over sequences.
+        count: Σ w ω over sequences; ω is the importance of an example, 1 unless its data say otherwise.
+        sequences: Σ w.
+        squares: Σ w ω².
     """
 
     representation: str
@@ -63,27 +68,50 @@ class FisherSums:
     first: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, dict[str, LayerFactors]] = field(default_factory=dict)
     count: float = 0.0
+    sequences: float = 0.0
+    squares: float = 0.0
 
-    def take(self, name: str, gradients: TokenGradients, weight: float) -> None:
-        """Σ ← Σ + w (what one backward pass shows of a module), in place.
+    @property
+    def effective(self) -> float:
+        """Effective number of sequences, (Σ wω)² / Σ wω² where Σ w over points is 1 (Kish 1965)."""
+        return self.count**2 / self.squares
+
+    def add_count(self, weight: float, importance: Tensor) -> None:
+        """Count sequences, in place.
+
+        Args:
+            weight: w of the point where their gradients are taken.
+            importance: (S,), ω of each.
+        """
+        self.count += weight * float(importance.sum())
+        self.sequences += weight * len(importance)
+        self.squares += weight * float(importance.square().sum())
+
+    def take(self, name: str, gradients: TokenGradients, weight: float, importance: Tensor | None = None) -> None:
+        """Σ ← Σ + w (what one backward pass shows of a module, each sequence ω times), in place.
 
         Args:
             name: Module name.
             gradients: Its tokens; rows are made of them only where they are summed.
             weight: w.
+            importance: (S,), ω of each sequence; None for ones.
         """
         if self.representation in ("exact", "gram", "diagonal"):
-            self.add(name, gradients.rows(), weight)
+            rows = gradients.rows()
+            self.add(name, rows, weight, None if importance is None else importance.to(rows))
         else:
-            total = gradients.total()
+            total = gradients.total(importance)
             self.first.setdefault(name, torch.zeros_like(total)).add_(total, alpha=weight)
         for kind in self.approximations:
-            rows = gradients.expanded if kind == "expand" else gradients.reduced
+            rows, share = gradients.expanded if kind == "expand" else gradients.reduced, importance
+            if importance is not None and kind == "expand":
+                share = gradients.by_token(importance)
             known = self.factors.setdefault(kind, {})
             if name not in known:
                 spec = LayerSpec("linear", rows.x.shape[1], rows.delta.shape[1])
                 known[name] = LayerFactors.zeros(spec, self.first[name].dtype, gradients.device)
-            known[name].accumulate_(replace(rows, weight=weight * rows.weight))
+            scale = weight * rows.weight if share is None else weight * rows.weight * share.to(rows.weight)
+            known[name].accumulate_(replace(rows, weight=scale))
 
     @property
     def approximations(self) -> tuple[str, ...]:
@@ -93,27 +121,30 @@ class FisherSums:
         kind, _, approximation = self.representation.partition("_")
         return (approximation,) if kind == "kfac" else ()
 
-    def add(self, name: str, rows: Tensor, weight: float) -> None:
-        """Σ ← Σ + w Σ_s g_s g_sᵀ for the rows g_s of one module, in place.
+    def add(self, name: str, rows: Tensor, weight: float, importance: Tensor | None = None) -> None:
+        """Σ ← Σ + w Σ_s ω_s g_s g_sᵀ for the rows g_s of one module, in place.
 
         Args:
             name: Module name.
             rows: (S, n), float32 or float64.
             weight: w.
+            importance: (S,), ω of each row, dtype and device of the rows; None for ones.
         """
         if name not in self.first:
             self._start(name, rows)
-        self.first[name].add_(rows.sum(0), alpha=weight)
+        self.first[name].add_(rows.sum(0) if importance is None else importance @ rows, alpha=weight)
+        if name not in self.rows and self.representation == "exact":
+            syrk_accumulate_(self.second[name], rows, importance, alpha=weight)
+            self.fourth[name] += weight * _fourth_powers(rows.square(), importance)
+            return
+        rows = rows if importance is None else importance.sqrt()[:, None] * rows
         if name in self.rows:
             start = self.filled[name]
             self.filled[name] = start + len(rows)
             self.rows[name][start : self.filled[name]] = math.sqrt(weight) * rows
-            self.weights[name][start : self.filled[name]] = weight
+            self.weights[name][start : self.filled[name]] = weight if importance is None else weight * importance
         elif self.representation == "diagonal":
             self.second[name].add_(rows.square().sum(0), alpha=weight)
-        elif self.representation == "exact":
-            syrk_accumulate_(self.second[name], rows, alpha=weight)
-            self.fourth[name] += weight * _fourth_powers(rows.square())
 
     def _start(self, name: str, like: Tensor) -> None:
         """Zeros for one module."""
@@ -220,8 +251,8 @@ class FisherSums:
     def sampling_variance(self, names: Sequence[str]) -> Tensor:
         r"""Σ_ij Var(F_ij) and Σ_i Var(F_ii) of the mean over sequences, estimated: (E‖g‖⁴ − ‖F‖²) / (N − 1).
 
-        N is the count of sequences. Rows that one sequence has at several points, or for several samples, count as if
-        they were equal: Var is then an upper bound (‖Σ_p w_p g_p g_pᵀ‖² ≤ Σ_p w_p ‖g_p‖⁴, Jensen).
+        N is the effective number of sequences. Rows that one sequence has at several points, or for several samples,
+        count as if they were equal: Var is then an upper bound (‖Σ_p w_p g_p g_pᵀ‖² ≤ Σ_p w_p ‖g_p‖⁴, Jensen).
 
         Args:
             names: Modules whose coordinates follow one another: one of "exact" sums, or of "gram" any number.
@@ -229,26 +260,14 @@ class FisherSums:
         Returns:
             (2,), float64; infinite for a single sequence.
         """
-        second = self.squared_norms(names)
-        if self.count <= 1:
+        second = squared_norms(self, names)
+        if self.effective <= 1:
             return torch.full_like(second, math.inf)
-        return (self._fourth_of(names) / self.count - second).clamp_min(0) / (self.count - 1)
+        return (self._fourth_of(names) / self.count - second).clamp_min(0) / (self.effective - 1)
 
-    def squared_norms(self, names: Sequence[str]) -> Tensor:
-        """‖F‖² and ‖diag F‖² in Frobenius norm, (2,), float64.
-
-        Args:
-            names: As for `sampling_variance`.
-
-        Returns:
-            The two; from rows without F.
-        """
-        if any(name not in self.rows for name in names):
-            fisher = self.fisher(names[0])
-            return torch.stack([fisher.square().sum(), fisher.diagonal().square().sum()])
-        rows = self.joint_rows(names)
-        gram = rows @ rows.mT if len(rows) < rows.shape[1] else rows.mT @ rows
-        return torch.stack([gram.square().sum(), rows.square().sum(0).square().sum()]) / self.count**2
+    def has_rows(self, name: str) -> bool:
+        """Whether the rows of a module are kept."""
+        return name in self.rows
 
     def merged(self, other: FisherSums) -> FisherSums:
         """The sums over the sequences of both; neither is changed.
@@ -268,7 +287,9 @@ class FisherSums:
                 f"{other.representation!r} over {len(other.first)} do not add up; collect both alike"
             )
         capacity = None if None in (self.capacity, other.capacity) else self.capacity + other.capacity
-        total = FisherSums(self.representation, capacity, count=self.count + other.count)
+        total = FisherSums(self.representation, capacity)
+        for number in ("count", "sequences", "squares"):
+            setattr(total, number, getattr(self, number) + getattr(other, number))
         for name in self.first:
             total.first[name] = self.first[name] + other.first[name]
             if total.keeps_rows(len(total.first[name])):
@@ -319,14 +340,14 @@ class FisherSums:
             },
         }
 
-    def load(self, tensors: Mapping[str, Tensor], count: float) -> None:
+    def load(self, tensors: Mapping[str, Tensor], counts: Sequence[float]) -> None:
         """Take up what `tensors` gave, to go on from there.
 
         Args:
             tensors: By flat keys; moved nowhere, kept as they are.
-            count: Σ w so far.
+            counts: `count`, `sequences` and `squares` so far.
         """
-        self.count = count
+        self.count, self.sequences, self.squares = counts
         factors: dict[tuple[str, str], dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
@@ -344,11 +365,29 @@ class FisherSums:
             self.factors.setdefault(kind, {})[name] = LayerFactors(**parts)
 
 
+def squared_norms(sums: FisherSums | Mixture, names: Sequence[str]) -> Tensor:
+    """‖F‖² and ‖diag F‖² in Frobenius norm, (2,), float64.
+
+    Args:
+        sums: Of one task or of several.
+        names: Modules whose coordinates follow one another: one of "exact" sums, or of "gram" any number.
+
+    Returns:
+        The two; from rows without F.
+    """
+    if not all(map(sums.has_rows, names)):
+        fisher = sums.fisher(names[0])
+        return torch.stack([fisher.square().sum(), fisher.diagonal().square().sum()])
+    rows = sums.joint_rows(names)
+    gram = rows @ rows.mT if len(rows) < rows.shape[1] else rows.mT @ rows
+    return torch.stack([gram.square().sum(), rows.square().sum(0).square().sum()]) / sums.count**2
+
+
 def _fourth_powers(squares: Tensor, weights: Tensor | None = None) -> Tensor:
     """Σ w ‖g‖⁴ and Σ w Σ_i g_i⁴ of rows g, their squares (N, n) given: (2,), float64."""
     squares = squares.double()
     powers = torch.stack([squares.sum(1).square(), squares.square().sum(1)])
-    return powers.sum(1) if weights is None else powers @ weights
+    return powers.sum(1) if weights is None else powers @ weights.double()
 
 
 @dataclass(frozen=True)
@@ -356,18 +395,18 @@ class Statistics:
     """Fishers of both kinds, from sequences that find directions and from held-out ones that judge them.
 
     Attributes:
-        harm: Empirical Fisher of refusals.
+        harm: Empirical Fisher of refusals; of several tasks, a `Mixture`, as every field.
         benign: True Fisher of the model's own behaviour.
         harm_held: As `harm`, held-out sequences.
         benign_held: As `benign`, held-out sequences.
         origin: Σ g of log p(refusal) at θ_ft over the sequences of `harm`; its mean carries the sign.
     """
 
-    harm: FisherSums
-    benign: FisherSums
-    harm_held: FisherSums
-    benign_held: FisherSums
-    origin: FisherSums
+    harm: FisherSums | Mixture
+    benign: FisherSums | Mixture
+    harm_held: FisherSums | Mixture
+    benign_held: FisherSums | Mixture
+    origin: FisherSums | Mixture
 
     def gradient(self, name: str) -> Tensor:
         """ḡ, the mean gradient of log p(refusal) at θ_ft: (n,), float64."""

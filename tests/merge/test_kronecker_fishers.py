@@ -17,6 +17,7 @@ from sst_merge import pencils
 from sst_merge.data import TokenSequence
 from sst_merge.directions import find_directions
 from sst_merge.fisher import CollectionSettings
+from sst_merge.mixture import mix
 from sst_merge.pencils import ALL_MODULES
 from sst_merge.report import _not_converged
 from sst_merge.select import filtered_cores, kept_coefficients
@@ -122,6 +123,39 @@ def test_tokens_without_a_part_in_the_loss_change_nothing():
             torch.testing.assert_close(other, first, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("representation", ["exact", "gram", "diagonal", "kfac_expand", "kfac_reduce"])
+def test_a_weight_is_so_many_copies(representation):
+    """ω = 2, 1 and 3 against the sequences repeated so often; labels given, so that copies are equal."""
+    model, (bases, origin, patch) = make_model(), make_problem()
+    sequences, weights = make_sequences([5, 9, 3]), (2, 1, 3)
+    weighted = [replace(s, weight=float(w)) for s, w in zip(sequences, weights, strict=True)]
+    copies = [s for s, w in zip(sequences, weights, strict=True) for _ in range(w)]
+    given = {"sampled": False, "points": POINTS, "representation": representation}
+    settings = CollectionSettings(batch_size=2)
+    once, often = (collect(model, bases, origin, patch, settings, data, **given) for data in (weighted, copies))
+    assert once.count == often.count == 6 and once.effective == pytest.approx(36 / 14)
+    for name in NAMES:
+        torch.testing.assert_close(once.mean_gradient(name), often.mean_gradient(name), rtol=1e-8, atol=1e-10)
+        forms = {once.own, *(f"{kind}_{a}" for kind in ("kfac", "ekfac") for a in once.approximations)}
+        for form in forms if representation in ("exact", "gram") else {once.own}:
+            pair = (sums.operator(name, form).to_dense() for sums in (once, often))
+            torch.testing.assert_close(*pair, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["exact", "gram", "diagonal", "kfac_expand", "ekfac_reduce"])
+def test_a_mixture_in_every_form_is_the_weighted_sum_of_its_tasks(form):
+    model, (bases, origin, patch), sequences = make_model(), make_problem(), make_sequences([5, 9, 3, 6, 4])
+    weights = {"first": 0.5, "last": 2.0}
+    tasks = {
+        task: collect(model, bases, origin, patch, CollectionSettings(), data, sampled=False, points=POINTS)
+        for task, data in (("first", sequences[:2]), ("last", sequences[2:]))
+    }
+    mixture = mix(tasks, weights)
+    for name in NAMES:
+        expected = sum(w * tasks[task].operator(name, form).to_dense() for task, w in weights.items())
+        torch.testing.assert_close(mixture.operator(name, form).to_dense(), expected)
+
+
 def token_sums(representation: str, cores, inputs, scale: float = 1.0) -> FisherSums:
     """Sums over sequences of tokens that are given: (S, T, r_out) and (S, T, r_in) for each module."""
     sums = FisherSums(representation, capacity=len(next(iter(cores.values()))))
@@ -130,7 +164,7 @@ def token_sums(representation: str, cores, inputs, scale: float = 1.0) -> Fisher
         ends = torch.arange(0, count * length + 1, length)
         x = inputs[name].flatten(0, 1)
         sums.take(name, TokenGradients(x, scale * grads.flatten(0, 1), ends, None, x.device), 1.0)
-    sums.count = float(count)
+    sums.add_count(1.0, torch.ones(count))
     return sums
 
 
@@ -190,7 +224,8 @@ def dense_fisher_held(sums: FisherSums) -> np.ndarray:
     """What held-out sums say of directions: all that is kept."""
     if sums.representation == "gram":
         return dense_fisher(sums, "gram")
-    return scipy.linalg.block_diag(*(sums.fisher(name).numpy() for name in SHAPES))
+    blocks = (sums.fisher(name) for name in SHAPES)
+    return scipy.linalg.block_diag(*((f.diag() if f.ndim == 1 else f).numpy() for f in blocks))
 
 
 def _symmetric(packed: np.ndarray) -> np.ndarray:
@@ -282,6 +317,16 @@ def test_a_large_module_with_few_rows_has_the_directions_of_its_rows(monkeypatch
     assert {name: len(d.values) for name, d in directions.items()} == {"a": 5, "b": 6, "c": 5}
     a, b = dense_fisher(full.harm, "exact"), dense_fisher(full.benign, "kfac")
     check_against_scipy(statistics, patch, settings, a, b)
+
+
+def test_large_diagonal_pencils_keep_their_closed_form(monkeypatch):
+    monkeypatch.setattr(pencils, "ALL_PAIRS_UP_TO", 5)
+    full, patch = make_statistics()
+    settings = SstParameters(fisher="diagonal", damping=0.2, select="soft", mu=0.7)
+    directions, _ = find_directions(make_statistics("diagonal", "diagonal")[0], patch, settings)
+    assert [len(d.values) for d in directions.values()] == [12, 6, 12]
+    a, b = dense_fisher(full.harm, "diagonal"), dense_fisher(full.benign, "diagonal")
+    check_against_scipy(make_statistics("diagonal", "diagonal")[0], patch, settings, a, b)
 
 
 def test_a_pencil_that_did_not_converge_is_named_with_the_remedy():

@@ -26,7 +26,7 @@ def make_statistics(seed: int = 0, rows: int = 40, form: str = "exact") -> tuple
             n = r * c
             spread = torch.logspace(0, -2, n, dtype=torch.float64)
             total.add(name, scale * torch.randn(rows, n, dtype=torch.float64, generator=g) * spread, 1.0)
-        total.count = rows
+        total.add_count(1.0, torch.ones(rows))
         return total
 
     parts = [sums(s) for s in (2.0, 1.0, 2.0, 1.0)]

@@ -80,7 +80,7 @@ def truth(kind: str) -> torch.Tensor:
 def sample(root: torch.Tensor, count: int, seed: int, representation: str, capacity: int | None) -> FisherSums:
     sums = FisherSums(representation, capacity)
     sums.add("a", draw(count, 12, seed=seed) @ root, 1.0)
-    sums.count = float(count)
+    sums.add_count(1.0, torch.ones(count))
     return sums
 
 
@@ -116,7 +116,7 @@ def test_rows_and_matrices_give_one_intensity(target):
     for capacity in (9, None):
         sums = FisherSums("exact", capacity)
         sums.add("a", rows, 1.0)
-        sums.count = 9.0
+        sums.add_count(1.0, torch.ones(9))
         assert ("a" in sums.rows) == (capacity is not None)
         operator = sums.operator("a", "exact")
         (aim,) = targets([operator], [SHAPE], target)
@@ -139,7 +139,8 @@ def test_points_of_one_sequence_count_as_one():
     once.add("a", rows, 1.0)
     for _ in range(2):
         twice.add("a", rows, 0.5)
-    once.count = twice.count = 30.0
+    for sums in (once, twice):
+        sums.add_count(1.0, torch.ones(30))
     aims = [targets([sums.operator("a", "exact")], [SHAPE], "diagonal") for sums in (once, twice)]
     both = [intensity(sums, form, {"a": aim[0]}) for sums, aim in zip((once, twice), aims, strict=True)]
     assert both[1] == pytest.approx(both[0], rel=1e-12) and 0 < both[0] < 1

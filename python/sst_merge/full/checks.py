@@ -48,6 +48,8 @@ def _check_settings(config: Config) -> None:
         _check_kfac(config.parameters)
     if getattr(config.parameters, "coordinates", "weight") != "weight":
         raise ValueError("coordinates: full checkpoints have no core coordinates; leave the key out")
+    if getattr(config.parameters, "steps", 1) > 1:
+        raise ValueError("steps: full checkpoints are merged in one step; leave the key out")
     if config.tune:
         raise ValueError("tune: full checkpoints are not run on held-out data; choose the settings yourself")
     if config.output.rank is not None:

@@ -77,32 +77,42 @@ def read_sequences(models: Models, kind: str) -> list[TokenSequence]:
         kind: "harm" or "benign".
 
     Returns:
-        At least one sequence.
+        At least one sequence of every task; the weight of one is its share of F = Σ_t w_t Σ_i ω_i g_i g_iᵀ / Σ_i ω_i.
 
     Raises:
         ValueError: The data do not do; names the file.
     """
-    calibration, vocabulary = models.config.calibration, models.skeleton.config.get_text_config().vocab_size
-    path = getattr(calibration, kind)
+    calibration = models.config.calibration
     if calibration.tokenizer not in models.tokenizers:
         raise ValueError(f"calibration.tokenizer: {calibration.tokenizer!r} has none; save one into its folder")
-    try:
-        examples = read_examples(path)
-        if unanswered := [e.origin for e in examples if not e.is_answered]:
-            raise ValueError(
-                f"{len(unanswered)} prompts have no answer (first: {unanswered[0]}), and for full checkpoints none are "
-                "generated; give answers"
-            )
-        sequences = tokenize(examples, models.tokenizers[calibration.tokenizer], calibration.max_length)
-        if not sequences:
-            raise ValueError(
-                f"no token bears loss within max_length={calibration.max_length}: give answers, or raise max_length"
-            )
-        largest = max(max(s.input_ids) for s in sequences)
-        if largest >= vocabulary:
-            raise ValueError(f"the data hold token {largest}, the model's vocabulary has {vocabulary}")
-    except ValueError as error:
-        raise ValueError(f"calibration.{kind} ({path}): {error}") from None
+    sequences = []
+    for task in calibration.tasks(kind):
+        try:
+            found = _read_task(models, task.data)
+        except ValueError as error:
+            raise ValueError(f"calibration.{kind} ({task.data}): {error}") from None
+        total = sum(s.weight for s in found)
+        sequences += [replace(s, weight=task.weight * s.weight / total) for s in found]
+    return sequences
+
+
+def _read_task(models: Models, path: str) -> list[TokenSequence]:
+    """The sequences of one file."""
+    calibration, vocabulary = models.config.calibration, models.skeleton.config.get_text_config().vocab_size
+    examples = [e for e in read_examples(path) if e.weight]
+    if unanswered := [e.origin for e in examples if not e.is_answered]:
+        raise ValueError(
+            f"{len(unanswered)} prompts have no answer (first: {unanswered[0]}), and for full checkpoints none are "
+            "generated; give answers"
+        )
+    sequences = tokenize(examples, models.tokenizers[calibration.tokenizer], calibration.max_length)
+    if not sequences:
+        raise ValueError(
+            f"no token bears loss within max_length={calibration.max_length}: give answers, or raise max_length"
+        )
+    largest = max(max(s.input_ids) for s in sequences)
+    if largest >= vocabulary:
+        raise ValueError(f"the data hold token {largest}, the model's vocabulary has {vocabulary}")
     return sequences
 
 
@@ -209,7 +219,7 @@ def _squares(parameters: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor])
 
 
 def _sums(models: Models, model: nn.Module, kind: str, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
-    """Name -> Σ w g² over the sequences."""
+    """Name -> Σ w g² over the sequences and points: the mean, as the weights have it."""
     p = models.config.parameters
     parameters = parameters_of(models, model)
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
@@ -221,8 +231,8 @@ def _sums(models: Models, model: nn.Module, kind: str, sequences: Sequence[Token
     ):
         for t, w in zip(*p.weighted_points, strict=True):
             move_to(models, parameters, t)
-            weight[0] = w / samples
             for batch in rows:
+                weight[0] = float(batch.weight) * w / samples
                 logits = None
                 for sample in range(samples):
                     loss, logits = log_likelihood(model, batch, seed, sample, logits)
@@ -232,10 +242,10 @@ def _sums(models: Models, model: nn.Module, kind: str, sequences: Sequence[Token
 
 
 def _save(models: Models, file: Path, sums: Mapping[str, Tensor], count: int, said: Mapping[str, Any]) -> None:
-    """The mean as a safetensors file, tensors named as the utility model's; ValueError if it is not finite."""
+    """The means as a safetensors file, tensors named as the utility model's; ValueError if it is not finite."""
     total = 0.0
     for name, values in sums.items():
-        total += float(values.div_(count).double().sum())
+        total += float(values.double().sum())
         if not torch.isfinite(values).all():
             raise ValueError(
                 f"the gradients of {name} are not finite: the model has NaN weights or overflows in its dtype; try "

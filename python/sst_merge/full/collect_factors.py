@@ -28,8 +28,9 @@ from .models import Models
 def collect_factors(models: Models, folder: str | Path) -> list[str]:
     """Write harm.safetensors and benign.safetensors, each when it is complete; one that is there is kept.
 
-    The factors of a path are sums over its points, weighed by token, so that A and G are means over points and tokens.
-    The output embedding is left out: over a large vocabulary its factor is larger than the model.
+    The factors of a path are sums over its points, and those of several tasks over them, weighed by token: A and G are
+    means over points and tokens. The output embedding is left out: over a large vocabulary its factor is larger than
+    the model.
 
     Args:
         models: The three checkpoints; the configuration's calibration, method and dtype are used.
@@ -62,6 +63,8 @@ def collect_factors(models: Models, folder: str | Path) -> list[str]:
 def _gather(models: Models, model: nn.Module, kind: str, sequences: list[TokenSequence]) -> Factors:
     """The factors of one kind."""
     p, config = models.config.parameters, models.config
+    if p.approximation == "reduce" and len({s.weight for s in sequences}) > 1:
+        raise ValueError(f"calibration.{kind}: weights are of tokens, and reduce has none; use approximation: expand")
     weights, head = parameters_of(models, model), model.get_output_embeddings()
     layers = [
         name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
@@ -80,7 +83,9 @@ def _gather(models: Models, model: nn.Module, kind: str, sequences: list[TokenSe
         for t, weight in zip(*p.weighted_points, strict=True):
             move_to(models, weights, t)
             for batch in rows:
-                mask = batch.attention_mask if p.approximation == "reduce" else weight * batch.attention_mask.float()
+                mask = batch.attention_mask
+                if p.approximation == "expand":
+                    mask = mask * (weight * len(sequences) * batch.weight[:, None].float()).to(mask.device)
                 accumulator.batch(mask=mask, sequences=batch.index)
                 _one_batch(accumulator, model, batch, 1 if kind == "harm" else p.samples)
                 bar.update()

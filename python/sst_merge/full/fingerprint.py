@@ -60,6 +60,6 @@ def hash_model(models: Models, owner: str) -> str:
 
 
 def hash_sequences(sequences: Sequence[TokenSequence]) -> str:
-    """Hexadecimal digits of the hash of sequences' tokens and targets, in order."""
-    said = json.dumps([[s.input_ids, s.is_target] for s in sequences])
+    """Hexadecimal digits of the hash of sequences' tokens, targets and weights, in order."""
+    said = json.dumps([[s.input_ids, s.is_target, s.weight] for s in sequences])
     return hashlib.sha256(said.encode()).hexdigest()[:32]

@@ -35,8 +35,10 @@ def data(tmp_path: Path) -> dict[str, list[tuple[list[int], list[int]]]]:
     return found
 
 
-def collect(trio: Trio, tmp_path: Path, code: int = 0, **parameters: object) -> None:
+def collect(trio: Trio, tmp_path: Path, code: int = 0, harm: object = None, **parameters: object) -> None:
     trio.config["calibration"] = {kind: str(tmp_path / f"{kind}.jsonl") for kind in ("harm", "benign")}
+    if harm is not None:
+        trio.config["calibration"]["harm"] = harm
     models = [{"model": str(getattr(trio, role)), "role": role} for role in ("utility", "safety")]
     tree = {"base_model": str(trio.base), "models": models, "merge_method": "diagonal_sst", "parameters": parameters}
     (trio.root / "fisher.yaml").write_text(yaml.safe_dump({**tree, **trio.config}))
@@ -101,6 +103,23 @@ def test_collected_diagonals_are_those_of_single_sequences(trio, data, tmp_path,
         for name, values in got.items():
             expected = sum(w * sums[name] for w, sums in parts)
             torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+
+
+def test_tasks_and_examples_have_weights(trio, data, tmp_path):
+    """F = Σ_t w_t Σ_i ω_i g_i g_iᵀ / Σ_i ω_i."""
+    for file in trio.fisher.iterdir():
+        file.unlink()
+    examples = {"one": [(data["harm"][0], 1.0), (data["harm"][1], 3.0)], "two": [(data["harm"][2], 1.0)]}
+    for name, given in examples.items():
+        lines = [json.dumps({"input_ids": ids, "labels": labels, "weight": w}) for (ids, labels), w in given]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    tasks = [{"data": str(tmp_path / f"{name}.jsonl"), "weight": w} for name, w in (("one", 0.3), ("two", 0.7))]
+    collect(trio, tmp_path, where="local", harm=tasks)
+    shares = [0.3 / 4, 0.3 * 3 / 4, 0.7]
+    parts = [by_hand(at(trio, 0.0, "additive"), [sequence], "harm") for sequence in data["harm"][:3]]
+    for name, values in load_file(trio.fisher / "harm.safetensors").items():
+        expected = sum(share * part[name] for share, part in zip(shares, parts, strict=True))
+        torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
 def test_tied_embeddings_have_one_fisher_of_both_uses(make_trio, gpt2_dir, base_dir, data, tmp_path):
