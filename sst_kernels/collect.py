@@ -161,6 +161,8 @@ class CoreGradients:
 
     Attributes:
         consume: Called as `consume(name, gradients)`, of `TokenGradients`, during the backward pass; assign it before.
+        observe: Called as `observe(name, rows)` in every forward pass, for every module, with the rows of its input
+            (`rows.input_rows`: (..., d_in), an embedding's indices (...)); None shows nothing.
 
     Raises:
         ValueError: The model has no module of that name, or it computes something else (`rows.fault`).
@@ -175,6 +177,7 @@ class CoreGradients:
                 raise ValueError(f"bases: {name!r} is no linear map of its input's rows: {reason}; leave it out")
         self.model, self.bases, self.watched = model, bases, frozenset(watched)
         self.consume: Callable[[str, TokenGradients], None] | None = None
+        self.observe: Callable[[str, Tensor], None] | None = None
         self._modules = {name: modules[name] for name in bases}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._frozen: list[nn.Parameter] = []
@@ -236,6 +239,8 @@ class CoreGradients:
 
     def _add_update(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Y + (x Q_in) Cᵀ Q_outᵀ; where gradients are on, arrange for its gradient to be gathered."""
+        if self.observe is not None:
+            self.observe(name, input_rows(module, args[0]))
         q_in, core, q_out = self._bases_like(name, output)
         x_hat = input_rows(module, args[0].to(output.device), q_in)
         z = x_hat @ core.mT

@@ -23,7 +23,7 @@ import sst_kernels
 import sst_merge
 from sst_merge.cli import _parser, main
 from sst_merge.config import load_config
-from sst_merge.settings import METHOD_PARAMETERS
+from sst_merge.method_settings import METHOD_PARAMETERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])

@@ -128,11 +128,18 @@ def _generate(problem: Problem, role: str, prompts: Sequence[TokenSequence]) -> 
     _check_tokens(problem, prompts, c.max_new_tokens)
     with CoreGradients(problem.model, problem.bases, watched=()) as update:
         update.set_cores({name: problem.cores(name)[ROLES.index(role)] for name in problem.names})
-        return generate_answers(problem.model, prompts, _stop(problem), c.max_new_tokens, c.batch_size)
+        return generate_answers(problem.model, prompts, stop_tokens(problem), c.max_new_tokens, c.batch_size)
 
 
-def _stop(problem: Problem) -> set[int]:
-    """Tokens that end an answer, by tokenizer and model."""
+def stop_tokens(problem: Problem) -> set[int]:
+    """Tokens that end an answer, by tokenizer and model.
+
+    Args:
+        problem: Holds both.
+
+    Returns:
+        Token ids.
+    """
     own = problem.model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), problem.tokenizer.eos_token_id}
     return {end for end in ends if end is not None and end < problem.model_config.vocab_size}

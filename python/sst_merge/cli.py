@@ -59,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=0, help="of challengers and drawn labels (default: 0)")
     verify.add_argument("--challengers", type=int, default=64, help="of each kind, per claim and pencil (default: 64)")
     verify.set_defaults(run=_verify)
+    compare = commands.add_parser("compare", help="merge by all methods, measure every merge, say which is best")
+    compare.add_argument("config", help="YAML file of a merge with a section `compare`; docs/compare.md has one")
+    compare.add_argument("--out", required=True, help="folder for the report; measured rows are kept in <out>.work")
+    compare.add_argument("--device", help="as for merge")
+    compare.add_argument("--dtype", help="as for merge")
+    compare.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    compare.set_defaults(run=_compare)
 
     demo = commands.add_parser("demo", help="train a small model, merge by every method, measure, report")
     demo.add_argument("--out", default="demo-out", help="folder for models and report (default: demo-out)")
@@ -125,6 +132,16 @@ def _verify(args: argparse.Namespace) -> int:
             print(f"broken: {row['claim']}: {row['statement']} ({row['where']})", file=sys.stderr)
     print(f"{'passed' if theory['passed'] else 'failed'}; wrote {folder} (read {folder / 'theory.md'})")
     return 0 if theory["passed"] else 1
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """sst-merge compare."""
+    from .compare import compare
+    from .compare.verdict import verdict
+
+    summary = compare(args.config, args.out, overwrite=args.overwrite, device=args.device, dtype=args.dtype)
+    print("\n".join(verdict(summary)))
+    print(f"wrote {args.out} (read {args.out}/compare.html)")
 
 
 def _demo(args: argparse.Namespace) -> None:

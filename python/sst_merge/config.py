@@ -5,7 +5,7 @@ base_model: path/to/base
 models:
   - {model: adapters/helpful, role: utility}
   - {model: adapters/refuses, role: safety, parameters: {weight: 1.0}}
-merge_method: sst            # or any other key of settings.METHOD_PARAMETERS
+merge_method: sst            # or any other key of method_settings.METHOD_PARAMETERS
 dtype: bfloat16
 parameters:
   alpha: [0.5, 1.0]          # one number, or several for a sweep from one solve
@@ -29,10 +29,9 @@ from typing import Any
 import torch
 import yaml
 
+from .method_settings import AVERAGES, METHOD_PARAMETERS
 from .settings import (
-    AVERAGES,
     KINDS,
-    METHOD_PARAMETERS,
     ROLES,
     Calibration,
     Config,
@@ -55,8 +54,9 @@ _CHOICES = {
     "shrinkage_target": ("diagonal", "kronecker"),
     "select": ("top_k", "soft", "dof", "budget", "signed"),
     "scope": ("global", "module"),
-    "coordinates": ("weight", "core"),
+    "coordinates": ("weight", "core", "factor"),
     "mask": ("hard", "soft"),
+    "projector": ("fast", "exact"),
     "dtype": DTYPES,
     "tokenizer": ("base", *ROLES),
     "quantization": ("4bit", "8bit"),
@@ -71,6 +71,10 @@ _RANGES = {  # name -> (low, high, low included, high included)
     "weight": (0.0, 10.0, False, True),
     "density": (0.0, 1.0, False, True),
     "drop": (0.0, 1.0, True, False),
+    "window": (0.0, 1.0, True, False),
+    "common": (0.0, 1.0, True, True),
+    "reduction": (0.0, 1.0, True, True),
+    "threshold": (0.0, 1.0, True, True),
     "points": (0.0, 1.0, True, True),
     "samples": (1, math.inf, True, False),
     "seed": (0, 2**63, True, False),
@@ -87,6 +91,9 @@ _RANGES = {  # name -> (low, high, low included, high included)
     "held_out": (0.0, 1.0, False, False),
     "max_new_tokens": (1, math.inf, True, False),
     "rank": (1, math.inf, True, False),
+    "seeds": (1, math.inf, True, False),
+    "confidence": (0.0, 1.0, False, False),
+    "timeout": (0.0, math.inf, False, False),
 }
 
 
@@ -121,6 +128,23 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: An
         config = replace(source, **{key: value for key, value in overrides.items() if value is not None})
         _check(config)
         return config
+    source, folder = read_tree(source)
+    tree = {**source, **{key: value for key, value in overrides.items() if value is not None}}
+    return config_from_tree(tree, folder)
+
+
+def read_tree(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], Path]:
+    """The top-level mapping of a configuration, unchecked, and the folder that its relative paths are relative to.
+
+    Args:
+        source: Path of a YAML file, or the mapping itself (relative to the working folder).
+
+    Returns:
+        Mapping and folder.
+
+    Raises:
+        ValueError: There is no such file, or it holds no mapping in YAML.
+    """
     folder = Path()
     if not isinstance(source, Mapping):
         path = Path(source)
@@ -133,8 +157,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: An
             raise ValueError(f"config file {path} is not valid YAML in UTF-8: {error}") from None
     if not isinstance(source, Mapping):
         raise ValueError("the config must be a mapping with base_model, models and merge_method")
-    tree = {**source, **{key: value for key, value in overrides.items() if value is not None}}
-    return _config(tree, folder)
+    return source, folder
 
 
 def sst_config(base_model: str, models: list[dict[str, Any]], settings: Mapping[str, Any], **top: Any) -> Config:
@@ -161,9 +184,20 @@ def sst_config(base_model: str, models: list[dict[str, Any]], settings: Mapping[
     return config
 
 
-def _config(tree: dict[str, Any], folder: Path) -> Config:
-    """Config from the top-level mapping."""
-    known = {f.name for f in fields(Config)} - set(ROLES) | {"models"}
+def config_from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
+    """A configuration from the top-level mapping, checked; its section `compare` is another reader's.
+
+    Args:
+        tree: As in the YAML.
+        folder: What relative paths are relative to.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: As `load_config`.
+    """
+    known = {f.name for f in fields(Config)} - set(ROLES) | {"models", "compare"}
     _refuse_unknown(tree, known, "the config")
     for key in ("base_model", "models"):
         if key not in tree:
@@ -205,6 +239,8 @@ def _check(config: Config) -> None:
     _check_steps(config)
     if config.tune and (config.merge_method != "sst" or config.calibration is None):
         raise ValueError("tune: only merge_method sst is tuned, and on held-out sequences of `calibration`")
+    if config.merge_method == "regmean" and config.calibration is None:
+        raise ValueError("merge_method regmean needs `calibration` with the files `harm` and `benign`")
     if len(set(config.alphas)) < len(config.alphas):
         raise ValueError(f"alpha: every strength may be given once, got {list(config.alphas)}")
     if config.merge_method in AVERAGES and max(config.alphas) > 1:
@@ -420,5 +456,6 @@ def _nearest(word: Any, known: Any) -> str:
 
 def _did_you_mean(word: Any, known: Any) -> str:
     """The known word that is near, if one is."""
-    near = difflib.get_close_matches(str(word).lower(), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    folded = {str(name).lower(): name for name in known}
+    near = difflib.get_close_matches(str(word).lower(), folded, n=1)
+    return f"; did you mean {folded[near[0]]!r}?" if near else ""

@@ -118,6 +118,7 @@ class Collector:
         origin: Module name -> core of θ_ft = θ_0 + Δ_utility.
         patch: Module name -> core of the full patch τ; Fishers are collected for these modules.
         settings: How to collect.
+        pullback: (module name, rows of ∂/∂vec(C)) -> rows in the coordinates that are summed in; None leaves them.
     """
 
     def __init__(
@@ -127,8 +128,10 @@ class Collector:
         origin: Mapping[str, Tensor],
         patch: Mapping[str, Tensor],
         settings: CollectionSettings,
+        pullback: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
         self.model, self.origin, self.patch, self.settings = model, origin, patch, settings
+        self.pullback = pullback
         self.gradients = CoreGradients(model, bases, watched=patch.keys())
 
     def __enter__(self) -> Collector:
@@ -190,7 +193,12 @@ class Collector:
                 if name in seen:
                     raise ValueError(f"module {name!r} is called more than once in a forward pass: not supported")
                 seen.add(name)
-                sums.take(name, gradients, weight / samples, None if alike else batch.weight)
+                importance = None if alike else batch.weight
+                if self.pullback is None:
+                    sums.take(name, gradients, weight / samples, importance)
+                else:
+                    rows = self.pullback(name, gradients.rows())
+                    sums.add(name, rows, weight / samples, None if alike else batch.weight.to(rows))
 
             self.gradients.consume = consume
             loss, logits = log_likelihood(self.model, batch, s.seed if sampled else None, sample, logits)

@@ -157,8 +157,16 @@ def _held_out_batches(problem: Problem, task: Task) -> Iterator[Batch]:
 
 
 @contextmanager
-def _updated(problem: Problem, merged: Merged) -> Iterator[None]:
-    """The model computes with ΔW and biases, by hooks; up and down take the place of a core's bases."""
+def updated(problem: Problem, merged: Merged) -> Iterator[None]:
+    """The model computes with ΔW and biases, by hooks; up and down take the place of a core's bases.
+
+    Args:
+        problem: Holds the model.
+        merged: What is added to θ_0; a module that is not named computes as it is.
+
+    Yields:
+        Nothing.
+    """
     bases = {name: CoreBasis(u.up, u.down.mT) for name, u in merged.updates.items() if u.rank}
     eyes = {name: torch.eye(merged.updates[name].rank, device=b.q_out.device) for name, b in bases.items()}
     with ExitStack() as stack:
@@ -198,7 +206,7 @@ def _utility_alone(problem: Problem) -> Iterator[None]:
 def _logits(problem: Problem, merged: Merged, batch: Batch) -> Tensor:
     """Logits (P, V) at the P positions before a loss-bearing token, in the model's dtype."""
     row, position = batch.is_target[:, 1:].nonzero(as_tuple=True)
-    with _updated(problem, merged):
+    with updated(problem, merged):
         return problem.model(**batch.model_inputs, use_cache=False).logits[row, position]
 
 

@@ -32,7 +32,7 @@ def estimate_memory(
         problem: The merge problem.
         bases: Modules whose Fishers are collected.
         representations: Of the Fishers of harmful and of benign data; see `sums.FisherSums`.
-        coordinates: "core" or "weight"; in the latter nothing is solved.
+        coordinates: "core", "weight" or "factor"; only in the first is anything solved.
 
     Returns:
         Use -> bytes. Activations are a rule of thumb: 17 numbers a token, layer and hidden unit, as Korthikanti et
@@ -61,7 +61,7 @@ def estimate_memory(
     if "gram" in representations:
         blocks = 0 if representations[0] == representations[1] else sum(i * i for i in n)
         squares = stacked = sum(map(sum, gradients.values())) * sum(n) + blocks
-    solved = 0 if coordinates == "weight" else 8 * squares + _WORKSPACE * stacked
+    solved = 0 if coordinates != "core" else 8 * squares + _WORKSPACE * stacked
     return {
         "model": 0 if problem.live else model_bytes(problem.config, problem.skeleton, dtype),
         "activations": tokens * (17 * width * text.num_hidden_layers * text.hidden_size + 12 * text.vocab_size),
@@ -99,7 +99,7 @@ def check_memory(
         problem: The merge problem.
         bases: Modules whose Fishers are collected.
         representations: Of the Fishers of harmful and of benign data; see `sums.FisherSums`.
-        coordinates: "core" or "weight"; in the latter nothing is solved.
+        coordinates: "core", "weight" or "factor"; only in the first is anything solved.
 
     Raises:
         ValueError: The estimate is over what is available.

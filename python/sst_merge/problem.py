@@ -17,7 +17,7 @@ from sst_kernels.collect import CoreBasis
 from .adapters import Adapter, LowRank, check_compatible, check_fits, read_adapter
 from .base import add_bias, is_quantised, load_base, load_skeleton, offloaded, replace_parameter
 from .calibration import read_tasks
-from .coordinates import core_basis, to_core, weight_basis
+from .coordinates import core_basis, factor_gradients, to_core, weight_basis
 from .data import TokenSequence
 from .fingerprint import fingerprint, hash_cores
 from .fisher import CollectionSettings, Collector, collect_statistics
@@ -273,8 +273,13 @@ class Problem:
             check_packing(self.model, self.model_config.vocab_size)
         settings = _collection_settings(parameters, self.config)
         title = "" if place is None else f"step {place.step + 1}, "
-        with Collector(self.model, bases, origin, patch, settings) as collector:
+        pullback = self._to_factors if coordinates == "factor" else None
+        with Collector(self.model, bases, origin, patch, settings, pullback) as collector:
             return collect_statistics(collector, self.tasks["harm"], self.tasks["benign"], folder, title)
+
+    def _to_factors(self, name: str, rows: Tensor) -> Tensor:
+        """Gradients by ΔW of a module as gradients by the safety adapter's factors."""
+        return factor_gradients(rows, self.updates(name)[1])
 
     def _fisher_folder(
         self, parameters: FisherParameters, patch: Mapping[str, Tensor], place: Place | None

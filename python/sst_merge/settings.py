@@ -1,4 +1,4 @@
-"""Settings of a merge, every default in one place; `config` reads them from YAML and checks them."""
+"""Settings of a merge and of SST, with their defaults; `config` reads them from YAML and checks them."""
 
 from __future__ import annotations
 
@@ -21,30 +21,6 @@ class AlphaParameters:
     """
 
     alpha: float | tuple[float, ...] = 1.0
-
-
-@dataclass(frozen=True)
-class TiesParameters(AlphaParameters):
-    """TIES; α is its scale λ.
-
-    Attributes:
-        density: Share of entries each task keeps.
-    """
-
-    density: float = 0.2
-
-
-@dataclass(frozen=True)
-class DareParameters(AlphaParameters):
-    """DARE.
-
-    Attributes:
-        drop: Probability of dropping an entry.
-        seed: Of the masks.
-    """
-
-    drop: float = 0.5
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,132 +126,6 @@ class SstParameters(FisherParameters):
 
 
 @dataclass(frozen=True)
-class DiagonalFisherParameters(FisherParameters):
-    """What every method of diagonal Fishers takes.
-
-    Attributes:
-        coordinates: "weight", of ΔW; or "core".
-    """
-
-    coordinates: str = "weight"
-
-    @property
-    def collected(self) -> tuple[str, tuple[str, str]]:
-        """Diagonals in the coordinates asked for."""
-        return self.coordinates, ("diagonal", "diagonal")
-
-
-@dataclass(frozen=True)
-class DiagonalSstParameters(DiagonalFisherParameters):
-    """Diagonal SST with the authors' masks.
-
-    Attributes:
-        mask: "hard" keeps the top share of r = f_harm/(f_benign + ε); "soft" weights by r/max r.
-        share: Share of coordinates a hard mask keeps.
-        scope: "module", ranking and maximum in every tensor; or "global", over all at once
-            (full checkpoints only).
-        epsilon: ε, in units of the mean of f_benign over all modules.
-    """
-
-    mask: str = "hard"
-    share: float = 0.25
-    scope: str = "module"
-    epsilon: float = 0.1
-
-
-@dataclass(frozen=True)
-class DataFreeParameters(AlphaParameters):
-    """SST-V and SST-M: masks from the weights alone.
-
-    Attributes:
-        patch: "additive", Δ_u + α m⊙Δ_s; or "interpolate", Δ_u + α m⊙(Δ_s − Δ_u).
-        mask: "hard" keeps the top share of r; "soft" weights by r/max r.
-        share: Share of entries a hard mask keeps.
-        scope: "module", ranking and maximum in every tensor; or "global", over all at once
-            (full checkpoints only).
-        epsilon: ε, in units of the mean over all modules of what it is added to: Δ_u² (SST-V), |θ_u| (SST-M).
-    """
-
-    patch: str = "additive"
-    mask: str = "hard"
-    share: float = 0.25
-    scope: str = "module"
-    epsilon: float = 0.1
-
-
-@dataclass(frozen=True)
-class SingleFisherParameters(FisherParameters):
-    """Single-Fisher projection, (I − QQᵀ)Δ_u + αQQᵀΔ_s.
-
-    Attributes:
-        patch: Where the path of F_harm ends: "interpolate" at θ_s, and every module is reached; "additive" at
-            θ_0 + Δ_u + Δ_s, and modules that Δ_s does not change are left as they are.
-        k: Count (integer) or share (float in (0, 1]) of F_harm's eigenvectors in Q, per module; at most its rank.
-    """
-
-    patch: str = "interpolate"
-    k: int | float = 0.05
-
-
-@dataclass(frozen=True)
-class TsvParameters(AlphaParameters):
-    """TSV-Merge; α scales the merged update, as in the source.
-
-    Attributes:
-        share: Share of each update's singular triples kept where both adapters change a tensor: 1/T for T = 2 tasks.
-    """
-
-    share: float = 0.5
-
-
-@dataclass(frozen=True)
-class SubspaceBoostingParameters(AlphaParameters):
-    """Subspace boosting of Δ_u + Δ_s; α scales the boosted update, as in the source.
-
-    Attributes:
-        beta: β in [0, 1]: singular values below the one at which this share of their sum is reached are raised to it.
-    """
-
-    beta: float = 0.01
-
-
-@dataclass(frozen=True)
-class FisherAveragingParameters(DiagonalFisherParameters):
-    """Fisher averaging; α is the safety model's coefficient, 1 − α the utility model's.
-
-    Attributes:
-        alpha: α in [0, 1].
-        patch: Where the path of the Fishers ends: "interpolate" at θ_s; "additive" at θ_0 + Δ_u + Δ_s.
-        points: t of the points, 0 at θ_u; each Fisher is the mean over them.
-        epsilon: Entries of a Fisher below ε times its mean over all modules are raised to that.
-    """
-
-    alpha: float | tuple[float, ...] = 0.5
-    patch: str = "interpolate"
-    points: tuple[float, ...] = (0.0, 1.0)
-    epsilon: float = 1e-6
-
-
-METHOD_PARAMETERS: dict[str, type[AlphaParameters]] = {
-    "sst": SstParameters,
-    "task_arithmetic": AlphaParameters,
-    "interpolation": AlphaParameters,
-    "ties": TiesParameters,
-    "dare": DareParameters,
-    "diagonal_sst": DiagonalSstParameters,
-    "sst_v": DataFreeParameters,
-    "sst_m": DataFreeParameters,
-    "single_fisher": SingleFisherParameters,
-    "tsv": TsvParameters,
-    "subspace_boosting": SubspaceBoostingParameters,
-    "fisher_averaging": FisherAveragingParameters,
-}
-
-AVERAGES = ("interpolation", "fisher_averaging")
-"""Methods whose α is a share, at most 1."""
-
-
-@dataclass(frozen=True)
 class ModelRef:
     """One adapter.
 
@@ -367,7 +217,7 @@ class Config:
         base_model: Folder of the base model, or its name in the local cache.
         utility: The adapter whose ability is to be kept.
         safety: The adapter whose refusals are wanted.
-        merge_method: A key of `METHOD_PARAMETERS`.
+        merge_method: A key of `method_settings.METHOD_PARAMETERS`.
         parameters: Of that method.
         calibration: Data, for the methods that collect Fishers.
         output: How to write.

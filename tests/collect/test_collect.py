@@ -205,3 +205,32 @@ def test_errors_name_the_module():
     gradients = CoreGradients(model, bases, ())
     with pytest.raises(ValueError, match=r"cores\['lm_head'\] must be \(3, 4\).*got \(4, 3\)"):
         gradients.set_cores({"lm_head": cores["lm_head"].mT})
+
+
+def test_observe_shows_the_inputs_of_every_forward_pass():
+    model, names = (
+        tiny_llama(),
+        ["model.embed_tokens", "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"],
+    )
+    bases, cores = random_bases({name: LLAMA_MODULES[name] for name in names})
+    ids, _ = batch_of([5, 3])
+    moved = {}
+    for name, basis in bases.items():
+        update = basis.q_out @ cores[name] @ basis.q_in.mT
+        moved[f"{name}.weight"] = model.get_submodule(name).weight + (update.mT if "embed" in name else update)
+    wanted: dict[str, torch.Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: wanted.update({n: args[0]}))
+        for name in names
+    ]
+    functional_call(model, moved, kwargs={"input_ids": ids})
+    for handle in handles:
+        handle.remove()
+    seen: dict[str, torch.Tensor] = {}
+    with CoreGradients(model, bases, watched=()) as gradients, torch.no_grad():
+        gradients.set_cores(cores)
+        gradients.observe = lambda name, rows: seen.update({name: rows})
+        model(ids)
+    assert seen.keys() == set(names)
+    for name in names:
+        torch.testing.assert_close(seen[name], wanted[name].detach(), rtol=1e-9, atol=1e-12)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sst_merge.config import load_config
-from sst_merge.settings import METHOD_PARAMETERS, TiesParameters
+from sst_merge.method_settings import METHOD_PARAMETERS, TiesParameters
 
 
 def tree(**changes: Any) -> dict[str, Any]:
