@@ -56,6 +56,7 @@ bench: $(BUILD)
 	$(PYTHON) bench/collection.py --repeats 5
 	$(PYTHON) bench/reuse.py --repeats 3
 	$(PYTHON) bench/small_pencils.py --repeats 5
+	$(PYTHON) bench/top_select.py --repeats 5
 
 docs: $(BUILD)
 	$(PYTHON) docs/api.py build/docs

@@ -55,7 +55,7 @@ stage_sanitize() {
 }
 
 stage_bench() {
-  for question in khatri_rao syrk symm_thin grouped exact_fisher collection accumulation small_pencils; do
+  for question in khatri_rao syrk symm_thin grouped exact_fisher collection accumulation small_pencils top_select; do
     python3 "$root/bench/$question.py" --device cuda --out "$out/$question.json"
   done
 }

@@ -14,6 +14,7 @@ from .eigh_topk import eigh_topk
 from .factors import Factors
 from .operators import Dense, Diagonal, Kronecker, Operator
 from .ops import (
+    digit_histogram_,
     fused_eigh,
     fused_eigh_limit,
     grouped_syrk_accumulate_,
@@ -23,6 +24,7 @@ from .ops import (
     pack_lower,
     symmetrize_,
     syrk_accumulate_,
+    threshold_mask_,
     unpack_lower,
 )
 from .pencil import Pencil
@@ -30,6 +32,7 @@ from .products import symm_thin, symm_thin_pair
 from .result import EigenResult, Status
 from .solve import solve
 from .structured import EKFAC, FunctionOperator, Gram, LowRankPlusDiagonal
+from .top_select import TopSelect, top_mask
 
 __all__ = [
     "EKFAC",
@@ -50,7 +53,9 @@ __all__ = [
     "Scaled",
     "Status",
     "Sum",
+    "TopSelect",
     "build_info",
+    "digit_histogram_",
     "eigh",
     "eigh_topk",
     "fused_eigh",
@@ -66,5 +71,7 @@ __all__ = [
     "symm_thin_pair",
     "symmetrize_",
     "syrk_accumulate_",
+    "threshold_mask_",
+    "top_mask",
     "unpack_lower",
 ]

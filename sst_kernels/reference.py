@@ -6,6 +6,7 @@ The kernels are tested against these functions. Nothing here is fast, and nothin
 from __future__ import annotations
 
 import itertools
+import struct
 
 import torch
 from torch import Tensor
@@ -184,3 +185,59 @@ def fused_eigh(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values[member], y = torch.linalg.eigh(torch.linalg.solve_triangular(L, half.mT, upper=False))
         vectors[member] = torch.linalg.solve_triangular(L.mT, y, upper=True)
     return values, vectors, info
+
+
+def sort_key(value: float, bits: int) -> int:
+    """The bits of a float as an unsigned integer in the order of the values; NaN is the largest.
+
+    Args:
+        value: Any float; -0 has the key of 0.
+        bits: 32 or 64: the width of the float.
+
+    Returns:
+        0 to 2^bits - 1.
+    """
+    if value != value:
+        return 2**bits - 1
+    code = int.from_bytes(struct.pack(">f" if bits == 32 else ">d", value + 0.0), "big")
+    return code + 2 ** (bits - 1) if code < 2 ** (bits - 1) else 2**bits - 1 - code
+
+
+def digit_histogram_(counts: Tensor, values: Tensor, prefix: int = 0, digit: int = 0) -> Tensor:
+    """counts[j] + #{i : the key of values_i has the digits `prefix`, then the digit j}, of 16 bits each.
+
+    Args:
+        counts: (65536,) int64; not changed.
+        values: Any shape.
+        prefix: The first `digit` digits, as one number.
+        digit: Which digit is counted.
+
+    Returns:
+        (65536,) int64 on the CPU: what counts should hold afterwards.
+    """
+    bits = 64 if values.dtype == torch.float64 else 32
+    counts = counts.cpu().clone()
+    for value in values.double().flatten().tolist():
+        upper = sort_key(value, bits) >> (bits - 16 * (digit + 1))
+        if upper >> 16 == prefix:
+            counts[upper % 2**16] += 1
+    return counts
+
+
+def threshold_mask_(ties: Tensor, values: Tensor, threshold: float) -> tuple[Tensor, int]:
+    """x_i > τ, or x_i = τ and fewer than `ties` values before it equal τ, and how many ties are left.
+
+    Args:
+        ties: (1,) int64; not changed.
+        values: Any shape.
+        threshold: τ.
+
+    Returns:
+        The mask, bool on the CPU, and what ties should hold afterwards.
+    """
+    left, mask = int(ties), []
+    for value in values.double().flatten().tolist():
+        tie = value == threshold and left > 0
+        left -= tie
+        mask.append(value > threshold or tie)
+    return torch.tensor(mask, dtype=torch.bool).reshape(values.shape), left

@@ -7,6 +7,7 @@
 //     block.barrier()                 all threads' shared memory accesses before it happen before those after it
 //     block.barrier_any(f)            the same, and whether f(t) holds for any thread
 //     block.load<V>(t, at), store     thread t's access to a V at byte `at` of shared memory
+//     block.add(t, at, v)             adds to the uint32 at byte `at` and returns what it was; threads may meet there
 //     block.shuffle(t, mask, f)       f(t ^ mask), of a thread of the same warp; all of which take part
 //     block.load_transposed(x, f)     ldmatrix.x4.trans: thread t gives the row at byte f(t), and gets x[t]
 //     block.mma(format, c, a, b, i)   c += a b by the tensor cores, for every warp; b is registers i and i + 1
@@ -95,6 +96,15 @@ SST_DEVICE C load_chunk(const T* row, int col, int cols) {
     for (int i = 0; i < C::kElements; ++i) chunk.set(i, row[col + i < cols ? col + i : 0]);
     return chunk;
   }
+}
+
+// *sum += value for an integer in memory that threads of any block add to at once.
+SST_DEVICE void add_global(int64_t* sum, int64_t value) {
+#ifdef __CUDA_ARCH__
+  atomicAdd(reinterpret_cast<unsigned long long*>(sum), static_cast<unsigned long long>(value));
+#else
+  *sum += value;
+#endif
 }
 
 // Two floats rounded to bfloat16, to nearest, ties to even: `low` in the lower half.

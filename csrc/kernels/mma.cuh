@@ -35,6 +35,10 @@ struct Block {
     *reinterpret_cast<V*>(shared + at) = value;
   }
 
+  __device__ __forceinline__ uint32_t add(int, int at, uint32_t value) {
+    return atomicAdd(reinterpret_cast<uint32_t*>(shared + at), value);
+  }
+
   template <class F>
   __device__ __forceinline__ auto shuffle(int t, int mask, F f) const {
     return __shfl_xor_sync(0xFFFFFFFFu, f(t), mask);

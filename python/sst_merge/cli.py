@@ -17,9 +17,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sst-merge", description="Merge language-model adapters by Fisher curvature.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    merge = commands.add_parser("merge", help="merge two adapters as a YAML file says")
+    merge = commands.add_parser("merge", help="merge two adapters or checkpoints as a YAML file says")
     merge.add_argument("config", help="YAML file; its keys are in docs/keys.md")
-    merge.add_argument("--out", required=True, help="folder for the merged adapter and the report")
+    merge.add_argument("--out", required=True, help="folder for the merged adapter or checkpoint and the report")
     merge.add_argument("--device", help="cpu, cuda, cuda:1, …; replaces the file's")
     merge.add_argument("--dtype", help="float32, bfloat16, … in which the model runs; replaces the file's")
     merge.add_argument("--fisher", metavar="DIR", help="folder of statistics; used, finished or written (<out>.fisher)")

@@ -19,6 +19,7 @@ from .calibration import write_generated
 from .card import write_cards
 from .checkpoint import Checkpoint
 from .config import load_config
+from .full import FullMergeResult, are_full, collect_full, merge_full
 from .held_out import Merged, compare, compare_tasks, measure, warnings_of
 from .methods import METHODS, Plan
 from .problem import Live, Problem
@@ -57,7 +58,7 @@ def merge(
     merge_into_base: bool = False,
     live: Live | None = None,
     **overrides: Any,
-) -> MergeResult:
+) -> MergeResult | FullMergeResult:
     """θ = θ_0 + Δ_utility + α·Filter(τ), written as a PEFT adapter, or as a full checkpoint, for every α.
 
     Args:
@@ -87,6 +88,11 @@ def merge(
         _refuse_inputs(Path(out), config)
         if config.fisher_dir is None and isinstance(config.parameters, FisherParameters):
             config = replace(config, fisher_dir=f"{os.path.abspath(out)}.fisher")
+    if live is None and are_full(config):
+        if out is None:
+            raise ValueError("out: a merge of full checkpoints is written as it is computed; name a folder")
+        with _out_of_memory():
+            return merge_full(config, out, overwrite=overwrite)
     with _out_of_memory():
         return _merge(config, out, overwrite, live)
 
@@ -110,7 +116,10 @@ def collect(config: str | Path | Mapping[str, Any] | Config, out: str | Path, **
         raise ValueError(f"merge_method {config.merge_method} uses no Fishers; there is nothing to collect")
     _refuse_inputs(Path(out), replace(config, fisher_dir=None))
     with _out_of_memory():
-        Problem(config).curvature(config.parameters)
+        if are_full(config):
+            collect_full(config)
+        else:
+            Problem(config).curvature(config.parameters)
     return Path(config.fisher_dir)
 
 

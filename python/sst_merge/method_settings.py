@@ -86,13 +86,16 @@ class DiagonalSstParameters(DiagonalFisherParameters):
         coordinates: "weight", of ΔW; "core"; or "factor", the safety adapter's lora_A and lora_B as its authors take
             them, where the merge depends on how the factors are scaled, and only the additive patch has a meaning.
         mask: "hard" keeps the top share of r = f_harm/(f_benign + ε); "soft" weights by r/max r.
-        share: Share of coordinates a hard mask keeps, per tensor.
+        share: Share of coordinates a hard mask keeps.
+        scope: "module", ranking and maximum in every tensor; or "global", over all at once
+            (full checkpoints only).
         epsilon: ε, in units of the mean of f_benign over all modules.
     """
 
     coordinates: str = "weight"
     mask: str = "hard"
     share: float = 0.25
+    scope: str = "module"
     epsilon: float = 0.1
 
 
@@ -103,13 +106,16 @@ class DataFreeParameters(AlphaParameters):
     Attributes:
         patch: "additive", Δ_u + α m⊙Δ_s; or "interpolate", Δ_u + α m⊙(Δ_s − Δ_u).
         mask: "hard" keeps the top share of r; "soft" weights by r/max r.
-        share: Share of entries a hard mask keeps, per tensor.
+        share: Share of entries a hard mask keeps.
+        scope: "module", ranking and maximum in every tensor; or "global", over all at once
+            (full checkpoints only).
         epsilon: ε, in units of the mean over all modules of what it is added to: Δ_u² (SST-V), |θ_u| (SST-M).
     """
 
     patch: str = "additive"
     mask: str = "hard"
     share: float = 0.25
+    scope: str = "module"
     epsilon: float = 0.1
 
 

@@ -14,6 +14,8 @@ COLUMNS = {
     "shape": "rows × columns of the weight",
     "rank_utility": "rank of the utility adapter's update",
     "rank_safety": "rank of the safety adapter's update",
+    "entries": "entries of the tensor",
+    "kept_entries": "Σ m of its entries; the mask m is 0 or 1, or between them",
     "n": "directions of the module's core coordinates",
     "kept": "Σ f, directions kept; f is the filter's factor in [0, 1]",
     "kept_energy": "squared norm of the kept patch over the whole one's; may exceed 1",
@@ -24,6 +26,8 @@ COLUMNS = {
     "ray": "mean λ of the kept directions, weighted by kept cost",
     "ray_held": "the same directions' quotient on held-out sequences",
     "damping_share": "share of the kept cost that is damping; near 1, benign data say nothing",
+    "largest_value": "λ of the first direction that is kept, of its layer's pencil",
+    "smallest_kept_value": "λ of the last one",
     "solver": "what the eigensolver says of its result",
 }
 """What the columns of the module table mean."""
@@ -124,7 +128,7 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
     """What came of it; then what was merged, from which data."""
     survival = report.get("survival", {})
     facts = {
-        **_measured(report.get("held_out", ())),
+        **_measured(report),
         "warnings": f"{len(report['warnings'])}, below" if report.get("warnings") else "none",
         "share of the kept cost that is damping": survival.get("damping_share_kept"),
         "held-out gain per cost of what is kept": survival.get("ray_held_kept"),
@@ -137,6 +141,9 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
         "statistics": report.get("fisher_dir"),
         "seconds": report.get("seconds"),
         "shared damping γ": report.get("gamma"),
+        "damping ε of the ratio": report.get("epsilon"),
+        "share of entries kept": report.get("kept_share"),
+        "least ratio kept": report.get("threshold"),
     }
     for kind, form in report.get("fishers", {}).items():
         facts[f"{kind} Fisher"] = _form(form)
@@ -168,10 +175,11 @@ def _counts(count: Mapping[str, Any]) -> str:
     return ", ".join(f"{count[side]} {what}{effective.get(side, '')}" for side, what in sides.items())
 
 
-def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _measured(report: Mapping[str, Any]) -> dict[str, str]:
     """What every strength does to held-out sequences, in words."""
+    rows = report.get("held_out", ())
     if not rows:
-        return {"measured": "nothing: no calibration data were given"}
+        return {"measured": report.get("measured", "nothing: no calibration data were given")}
     return {
         f"measured at α {row['alpha']:g}": f"KL {_with_error(row, 'measured_kl')}, change of log p(refusal) "
         f"{_with_error(row, 'measured_refusal')} nats per sequence"

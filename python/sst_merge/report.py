@@ -42,10 +42,7 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]]) 
     alpha = strengths[-1]["alpha"]
     summaries = {s["alpha"]: _pencils(plan, s["alpha"]) for s in strengths} if plan.directions else {}
     report = {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in LIBRARIES},
-        },
+        "versions": versions(),
         "base_model": problem.config.base_model,
         "utility": problem.config.utility.model,
         "safety": problem.config.safety.model,
@@ -80,6 +77,11 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]]) 
                 key: value for key, value in pencils[ALL_MODULES].items() if key not in ("kept_energy", "held")
             }
     return report
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that a merge depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def _form(parameters: SstParameters, plan: Plan, kind: str) -> dict[str, Any]:

@@ -61,6 +61,20 @@ class EmulatedBlock {
     std::memcpy(shared_.data() + at, &value, sizeof value);
   }
 
+  // Sums of several threads need no barrier between them, but one before and after any other access.
+  uint32_t add(int t, int at, uint32_t value) {
+    Word& word = words_[at / 4];
+    check_place(at, 4);
+    expect(word.written >= 0, "shared memory: written before it is added to");
+    expect(word.written != epoch_ || word.writer == t || word.writer == kAdders, "shared memory: a barrier orders it");
+    expect(word.read != epoch_ || word.reader == t, "shared memory: a barrier orders the sum after the reads");
+    word.written = epoch_;
+    word.writer = kAdders;
+    const uint32_t before = copy<uint32_t>(at), after = before + value;
+    std::memcpy(shared_.data() + at, &after, sizeof after);
+    return before;
+  }
+
   // What f reads must stay as it is while the threads run one after another.
   template <class F>
   auto shuffle(int t, int mask, F f) const {
@@ -120,9 +134,10 @@ class EmulatedBlock {
   }
 
  private:
+  static constexpr int kAdders = -2;
   struct Word {
     int64_t written = -1, read = -1;  // epochs
-    int writer = 0, reader = 0;       // reader -1: several threads
+    int writer = 0, reader = 0;       // reader -1: several threads; writer kAdders: by add()
   };
   template <cuda::Format format>
   static double decode(uint32_t word, int e) {
@@ -147,8 +162,12 @@ class EmulatedBlock {
     if (size == 16) accesses_[t].push_back(at);
   }
 
-  void check_access(int t, int at, int size, bool write) {
+  void check_place(int at, int size) const {
     expect(at >= 0 && at % size == 0 && at + size <= static_cast<int>(shared_.size()), "shared memory: place");
+  }
+
+  void check_access(int t, int at, int size, bool write) {
+    check_place(at, size);
     for (int i = at / 4; i < (at + size) / 4; ++i) {
       Word& word = words_[i];
       expect(word.written != epoch_ || word.writer == t, "shared memory: a barrier orders it after the write");

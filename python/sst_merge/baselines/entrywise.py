@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sst_kernels import top_mask
+
 
 def task_arithmetic(utility: Tensor, safety: Tensor, alpha: float | Tensor) -> Tensor:
     """Δ = Δ_u + αΔ_s (Ilharco et al. 2023).
@@ -44,13 +46,10 @@ def keep_largest(values: Tensor, share: float) -> Tensor:
         share: In (0, 1]; at least one entry is kept.
 
     Returns:
-        bool, the same shape.
+        bool, the same shape. ValueError for NaN.
     """
     count = max(1, round(share * values.numel()))
-    order = values.flatten().argsort(descending=True, stable=True)[:count]
-    mask = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
-    mask[order] = True
-    return mask.reshape(values.shape)
+    return top_mask(values, count)
 
 
 def ties(updates: Sequence[Tensor], density: float, scale: float) -> Tensor:
