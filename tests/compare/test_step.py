@@ -39,7 +39,9 @@ def dense_forms(problem: Problem, load_base, steps: dict[str, list[torch.Tensor]
     return totals
 
 
-@pytest.mark.parametrize(("method", "in_core"), [("task_arithmetic", True), ("sst", True), ("dare", False)])
+@pytest.mark.parametrize(
+    ("method", "in_core"), [("task_arithmetic", True), ("sst", True), ("dare", False), ("knots", False)]
+)
 def test_quadratics_are_those_of_dense_gradients(setup, load_base, method, in_core):
     problem = Problem(load_config(setup.config(seed=3)))
     judge = problem.config.parameters
@@ -56,6 +58,26 @@ def test_quadratics_are_those_of_dense_gradients(setup, load_base, method, in_co
         expected = dense_forms(problem, load_base, steps, sampled)
         assert [getattr(step, form) for step in found] == pytest.approx(expected, rel=1e-3)
     assert found[1].ratio == pytest.approx(found[1].gain / found[1].cost)
+
+
+def test_tasks_and_examples_count_with_their_weights(setup):
+    """w_1 q_1 + w_2 q_2 of the tasks alone; in a task of two held-out sequences, ω = 3 and 1 weigh one three times."""
+
+    def forms(changes: dict) -> Problem:
+        problem = Problem(load_config(setup.config(seed=3)))
+        for kind, tasks in changes.items():
+            problem.tasks[kind] = tasks
+        plan = METHODS["task_arithmetic"](problem, load_config(setup.config("task_arithmetic")).parameters)
+        return quadratics(problem, plan, (1.0,), problem.config.parameters)[0]
+
+    tasks = Problem(load_config(setup.config(seed=3))).tasks
+    (whole,) = tasks["harm"]
+    first, second = ((s,) for s in whole.held[:2])
+    alone = [forms({"harm": (replace(whole, held=part),)}).gain for part in (first, second)]
+    mixed = (replace(whole, name="a", weight=0.5, held=first), replace(whole, name="b", weight=2.0, held=second))
+    assert forms({"harm": mixed}).gain == pytest.approx(0.5 * alone[0] + 2.0 * alone[1], rel=1e-5)
+    heavier = replace(whole, held=(replace(first[0], weight=3.0), second[0]))
+    assert forms({"harm": (heavier,)}).gain == pytest.approx(0.75 * alone[0] + 0.25 * alone[1], rel=1e-5)
 
 
 def test_no_step_has_no_ratio(setup):

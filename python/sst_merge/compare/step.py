@@ -26,9 +26,10 @@ from sst_kernels.rows import grad_rows, input_rows
 
 from ..adapters import LowRank
 from ..base import input_device
+from ..data import TokenSequence
 from ..fisher import log_likelihood
 from ..methods import Plan
-from ..packing import batches
+from ..packing import Batch, batches
 from ..problem import Problem
 from ..settings import FisherParameters
 
@@ -99,19 +100,27 @@ def _mean_squares(
     sampling: FisherParameters | None,
     kind: str,
 ) -> Tensor:
-    """E[(gᵀφ_k)²] over the held-out sequences of a kind, (K,), float64; labels are sampled or, if None, given."""
+    """Σ_t w_t E_t[(gᵀφ_k)²], E_t over the held-out sequences of task t, (K,), float64; labels sampled, or given (None)."""
     seed, samples = (None, 1) if sampling is None else (sampling.seed, sampling.samples)
-    sequences, size = problem.calibration[kind][1], problem.config.calibration.batch_size
-    total = 0.0
+    size, mean = problem.config.calibration.batch_size, 0.0
+    shares = [(task.held, task.weight / sum(s.weight for s in task.held)) for task in problem.tasks[kind]]
     with CoreGradients(problem.model, problem.bases, watched=()) as update, _derivatives(problem, plan, steps) as dots:
         for weight, cores in points:
             update.set_cores(cores)
-            for batch in batches(sequences, size, input_device(problem.model)):
+            for share, batch in _held_batches(shares, size, input_device(problem.model)):
                 for sample in range(samples):
                     dots.clear()
                     log_likelihood(problem.model, batch, seed, sample)[0].backward()
-                    total = total + weight / samples * sum(dots).square().sum(0)
-    return total / len(sequences)
+                    mean = mean + weight * share / samples * (batch.weight.cpu().double() @ sum(dots).square())
+    return mean
+
+
+def _held_batches(
+    shares: Sequence[tuple[Sequence[TokenSequence], float]], size: int, device: torch.device
+) -> Iterator[tuple[float, Batch]]:
+    """(w_t / Σω, batch) over all tasks."""
+    for sequences, share in shares:
+        yield from ((share, batch) for batch in batches(sequences, size, device))
 
 
 @contextmanager
