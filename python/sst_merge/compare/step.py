@@ -100,7 +100,7 @@ def _mean_squares(
     sampling: FisherParameters | None,
     kind: str,
 ) -> Tensor:
-    """Σ_t w_t E_t[(gᵀφ_k)²], E_t over the held-out sequences of task t, (K,), float64; labels sampled, or given (None)."""
+    """Σ_t w_t E_t[(gᵀφ_k)²], E_t over held-out sequences of task t, (K,), float64; labels sampled, or given (None)."""
     seed, samples = (None, 1) if sampling is None else (sampling.seed, sampling.samples)
     size, mean = problem.config.calibration.batch_size, 0.0
     shares = [(task.held, task.weight / sum(s.weight for s in task.held)) for task in problem.tasks[kind]]
