@@ -57,12 +57,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _merge(args: argparse.Namespace) -> None:
     """sst-merge merge."""
+    from .distributed import joined
     from .merging import merge
 
     overrides = {"device": args.device, "dtype": args.dtype, "fisher_dir": args.fisher, "tune": args.tune or None}
-    result = merge(
-        args.config, out=args.out, overwrite=args.overwrite, merge_into_base=args.merge_into_base, **overrides
-    )
+    options = {"overwrite": args.overwrite, "merge_into_base": args.merge_into_base, **overrides}
+    with joined():
+        result = merge(args.config, out=args.out, **options)
+    if result.path is None:  # another process wrote it
+        return
     for warning in result.report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote {result.path} (read {result.path / 'report.html'})")
@@ -77,9 +80,13 @@ def _fisher(args: argparse.Namespace) -> None:
 
         add_folders(args.add, args.out)
     else:
+        from .distributed import first, joined
         from .merging import collect
 
-        collect(args.config, args.out, device=args.device, dtype=args.dtype)
+        with joined():
+            collect(args.config, args.out, device=args.device, dtype=args.dtype)
+            if not first():
+                return
     print(f"wrote {args.out}; merge with --fisher {args.out}")
 
 

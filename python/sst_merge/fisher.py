@@ -9,7 +9,7 @@ to the full patch τ (path), labels sampled from the model at that point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,14 +21,16 @@ from tqdm import tqdm
 from sst_kernels.collect import CoreBasis, CoreGradients
 from sst_kernels.labels import counter_uniform, sample_labels
 
+from . import distributed
 from .base import input_device
 from .data import TokenSequence
 from .packing import Batch, batches
+from .shared_collection import collect_together
 from .store import FisherFolder, Progress
 from .sums import FisherSums, Statistics
 
-Save = Callable[[FisherSums, int], None]
-"""(sums, number of batches in them)."""
+Save = Callable[[FisherSums, list[int]], None]
+"""(sums, numbers of the batches in them)."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,30 @@ class Collector:
     def __exit__(self, *exc: object) -> None:
         self.gradients.__exit__(*exc)
 
-    def collect(self, part: Part, saved: Progress | None = None, save: Save | None = None) -> FisherSums:
+    def empty(self, part: Part) -> FisherSums:
+        """The sums of a part before the first batch."""
+        return part.empty(self.settings.samples)
+
+    def batches(self, part: Part) -> list[tuple[float, Batch]]:
+        """(t, batch) of every step of a part, on the model's device."""
+        device = input_device(self.model)
+        rows = list(batches(part.sequences, self.settings.batch_size, device, self.settings.row_length))
+        return [(t, batch) for t in part.points for batch in rows]
+
+    def collect(
+        self,
+        part: Part,
+        saved: Progress | None = None,
+        save: Save | None = None,
+        numbers: Collection[int] | None = None,
+    ) -> FisherSums:
         """Sums over the sequences of g gᵀ at θ_ft + tτ, one forward and one backward pass a batch and point.
 
         Args:
             part: What to sum.
             saved: Where an earlier run had come to; what it did is not done again.
             save: Called with the sums after every batch.
+            numbers: Which of the batches to sum over; None for all, and then the sums are checked.
 
         Returns:
             The sums; the same bits, however often it was interrupted.
@@ -150,22 +169,51 @@ class Collector:
         Raises:
             ValueError: A module got no gradient, or one that is not finite; names it.
         """
-        sums, done = (part.empty(self.settings.samples), 0) if saved is None else (saved.sums, saved.batches)
-        device = input_device(self.model)
-        rows = list(batches(part.sequences, self.settings.batch_size, device, self.settings.row_length))
-        todo = [(t, batch) for t in part.points for batch in rows]
+        sums, done = (self.empty(part), []) if saved is None else (saved.sums, list(saved.batches))
+        steps = self.batches(part)
+        wanted = [k for k in (range(len(steps)) if numbers is None else numbers) if k not in set(done)]
         title, at = part.name.replace("_", " "), None
-        with tqdm(total=len(todo), initial=done, desc=title, unit="batch", leave=False) as bar:
-            for number, (t, batch) in enumerate(todo[done:], start=done + 1):
+        options = {"desc": title, "unit": "batch", "leave": False, "disable": not distributed.first()}
+        with tqdm(total=len(done) + len(wanted), initial=len(done), **options) as bar:
+            for number in wanted:
+                t, batch = steps[number]
                 if t != at:
                     self._move_to(at := t)
                 self._one_batch(batch, sums, part.points[t], part.sampled)
                 sums.count += part.points[t] * len(batch.index)
+                done.append(number)
                 bar.update()
                 if save is not None:
-                    save(sums, number)
-        _check_complete(sums, self.patch)
+                    save(sums, done)
+        if numbers is None:
+            self.check(sums)
         return sums
+
+    def accompany(self, part: Part) -> None:
+        """One step of a part whose gradients are dropped: other ranks need this one's share of the parameters."""
+        t, batch = self.batches(part)[0]
+        self._move_to(t)
+        self._one_batch(batch, self.empty(part), part.points[t], part.sampled)
+
+    def check(self, sums: FisherSums) -> None:
+        """Raise unless every module was reached, by finite gradients.
+
+        Args:
+            sums: Of all batches.
+
+        Raises:
+            ValueError: One was not; names it.
+        """
+        for name in self.patch:
+            if name not in sums.first:
+                raise ValueError(
+                    f"no gradient reached module {name!r}: the model does not use it; train the adapters without it"
+                )
+            if not torch.isfinite(sums.first[name]).all():
+                raise ValueError(
+                    f"the gradients of module {name!r} are not finite: the base has NaN weights or overflows in its "
+                    "dtype; try --dtype float32 or bfloat16"
+                )
 
     def _move_to(self, t: float) -> None:
         """Put the model at θ_ft + tτ."""
@@ -190,20 +238,6 @@ class Collector:
             self.gradients.consume = consume
             loss, logits = log_likelihood(self.model, batch, s.seed if sampled else None, sample, logits)
             loss.backward(retain_graph=sample + 1 < samples)
-
-
-def _check_complete(sums: FisherSums, names: Iterable[str]) -> None:
-    """Every module was reached, by finite gradients."""
-    for name in names:
-        if name not in sums.first:
-            raise ValueError(
-                f"no gradient reached module {name!r}: the model does not use it; train the adapters without it"
-            )
-        if not torch.isfinite(sums.first[name]).all():
-            raise ValueError(
-                f"the gradients of module {name!r} are not finite: the base has NaN weights or overflows in its dtype; "
-                "try --dtype float32 or bfloat16"
-            )
 
 
 def collect_statistics(
@@ -232,15 +266,31 @@ def collect_statistics(
         Part("benign", benign[0], True, points, s.representation),
         Part("harm_held", harm[1], False, points, s.representation),
         Part("benign_held", benign[1], True, points, s.representation),
-        Part("origin", harm[0], False, {0.0: 1.0}, "gradient"),
     ]
-    return Statistics(**{part.name: _collect_part(collector, part, folder) for part in parts})
+    sums = {part.name: _collect_part(collector, part, folder) for part in parts}
+    return Statistics(**sums, origin=_origin(collector, harm[0], sums["harm"], folder))
+
+
+def _origin(
+    collector: Collector, harm: Sequence[TokenSequence], sums: FisherSums, folder: FisherFolder | None
+) -> FisherSums:
+    """Σ g at θ_ft over the sequences of `harm`, whose own sums have it where they are local."""
+    part = Part("origin", harm, False, {0.0: 1.0}, "gradient")
+    if collector.settings.points != (0.0,):
+        return _collect_part(collector, part, folder)
+    origin = FisherSums("gradient", first=dict(sums.first), count=sums.count)
+    if folder is not None and distributed.first():
+        folder.save("origin", origin)
+    return origin
 
 
 def _collect_part(collector: Collector, part: Part, folder: FisherFolder | None) -> FisherSums:
     """One part, from the folder as far as it is there."""
+    if distributed.world() > 1:
+        return collect_together(collector, part, folder)
     if folder is None:
         return collector.collect(part)
+    folder.settle(part.name, 1)
     saved = folder.load(part.name, part.empty(collector.settings.samples))
     if saved is not None and saved.complete:
         return saved.sums

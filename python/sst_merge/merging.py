@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from . import distributed
 from .adapters import LowRank, write_files
 from .atomic import replace_dir
 from .calibration import write_generated
@@ -87,8 +88,8 @@ def merge(
         _refuse_inputs(Path(out), config)
         if config.fisher_dir is None and isinstance(config.parameters, FisherParameters):
             config = replace(config, fisher_dir=f"{os.path.abspath(out)}.fisher")
-    with _out_of_memory():
-        return _merge(config, out, overwrite, live)
+    with distributed.together(), _out_of_memory():
+        return _merge(config, out if distributed.first() else None, overwrite, live)
 
 
 def collect(config: str | Path | Mapping[str, Any] | Config, out: str | Path, **overrides: Any) -> Path:
@@ -109,7 +110,7 @@ def collect(config: str | Path | Mapping[str, Any] | Config, out: str | Path, **
     if not isinstance(config.parameters, FisherParameters):
         raise ValueError(f"merge_method {config.merge_method} uses no Fishers; there is nothing to collect")
     _refuse_inputs(Path(out), replace(config, fisher_dir=None))
-    with _out_of_memory():
+    with distributed.together(), _out_of_memory():
         Problem(config).curvature(config.parameters)
     return Path(config.fisher_dir)
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import atomic
+from . import atomic, distributed
 from .data import TokenSequence
 from .sums import FisherSums, Statistics
 
@@ -35,7 +35,10 @@ SAVE_SHARE = 10  # a save waits until this many times what the last one took has
 SERVES = {"exact": {"exact", "gram"}, "gram": {"gram"}, "diagonal": {"diagonal", "exact", "gram"}}
 """Representation wanted -> those it can be had from."""
 
+SHARE = "rank{rank}of{world}"  # of a part, behind its name: what one of several processes has summed
+
 _LEFT = (".*.new", ".tmp*")  # by a process that was killed while it wrote: our names, and safetensors' own
+_BESIDE = (ANSWERS_NAME.format(kind="*", digest="*"), f"*.{SHARE.format(rank='*', world='*')}.safetensors", *_LEFT)
 _SAME_PATCH = 1e-4  # relative to the largest core: rounding is far below, another basis far above
 
 
@@ -45,12 +48,12 @@ class Progress:
 
     Attributes:
         sums: What is there.
-        batches: How many batches, over all points, are in it.
+        batches: The numbers of the batches, over all points, that are in it; none where it is complete.
         complete: Whether that is all of them.
     """
 
     sums: FisherSums
-    batches: int
+    batches: Collection[int]
     complete: bool
 
 
@@ -79,12 +82,13 @@ class FisherFolder:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self._waited, self._saved_at, self._took = 0, time.monotonic(), 0.0
         _refuse_foreign(self.path)
-        if any(self._file(part).is_file() for part in PARTS):
+        if self._begun:
             wanted, self.fingerprint = self.fingerprint, read_fingerprint(self.path)
             _check_same(self.path, self.fingerprint, wanted, complete=self.complete)
             self._check_patch()
-        for left in (left for pattern in _LEFT for left in self.path.glob(pattern)):
-            left.unlink()
+        if distributed.first():
+            for left in (left for pattern in _LEFT for left in self.path.glob(pattern)):
+                left.unlink()
 
     def _check_patch(self) -> None:
         """ValueError if the statistics are in other coordinates than the patch is here."""
@@ -113,7 +117,7 @@ class FisherFolder:
         """What is there of a part.
 
         Args:
-            part: A field of `Statistics`.
+            part: A field of `Statistics`, or its `share`.
             sums: Empty sums with room for all rows; None for a part that is complete.
 
         Returns:
@@ -132,7 +136,8 @@ class FisherFolder:
             loaded = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
         sums = FisherSums(metadata["representation"]) if sums is None else sums
         sums.load(loaded, metadata["count"])
-        return Progress(sums, metadata["batches"], metadata["complete"])
+        batches = metadata["batches"]
+        return Progress(sums, range(batches) if isinstance(batches, int) else batches, metadata["complete"])
 
     def statistics(self) -> Statistics:
         """All parts of a complete collection."""
@@ -153,13 +158,13 @@ class FisherFolder:
             )
         return metadata
 
-    def save_now_and_then(self, part: str, sums: FisherSums, batches: int) -> None:
+    def save_now_and_then(self, part: str, sums: FisherSums, batches: Collection[int]) -> None:
         """Save a part after a batch, if `SAVE_EVERY` batches have come and saving is not a tenth of the work.
 
         Args:
-            part: A field of `Statistics`.
+            part: A field of `Statistics`, or its `share`.
             sums: So far.
-            batches: How many batches are in them.
+            batches: The numbers of the batches in them.
         """
         self._waited += 1
         now = time.monotonic()
@@ -169,13 +174,13 @@ class FisherFolder:
         self._waited, self._saved_at = 0, time.monotonic()
         self._took = self._saved_at - now
 
-    def save(self, part: str, sums: FisherSums, batches: int | None = None) -> None:
+    def save(self, part: str, sums: FisherSums, batches: Collection[int] | None = None) -> None:
         """Replace the file of a part.
 
         Args:
-            part: A field of `Statistics`.
+            part: A field of `Statistics`, or its `share`.
             sums: So far.
-            batches: How many batches are in them; None when complete.
+            batches: The numbers of the batches in them; None when complete.
 
         Raises:
             OSError: It cannot be written (disk full, …); the earlier file stays.
@@ -183,18 +188,66 @@ class FisherFolder:
         metadata = {
             "representation": sums.representation,
             "count": sums.count,
-            "batches": batches or 0,
+            "batches": _counted(batches or ()),
             "complete": batches is None,
             "run": _digest(self.fingerprint),
         }
+        whole, _, share = part.partition(".")
+        if share:
+            metadata["after"] = self._batches(whole)
         tensors = {key: tensor.contiguous() for key, tensor in sums.tensors().items()}
         self._begin()
         with atomic.replace_file(self._file(part)) as fresh:
             atomic.save_tensors(fresh, tensors, {"sst_merge": json.dumps(metadata)})
 
+    def shares(self, part: str) -> list[Path]:
+        """The files of processes that had not yet finished a part together."""
+        return sorted(self.path.glob(f"{part}.{SHARE.format(rank='*', world='*')}.safetensors"))
+
+    def drop_shares(self, part: str) -> None:
+        """Remove them: they are in the part's file now."""
+        for file in self.shares(part):
+            file.unlink()
+
+    def settle(self, part: str, world: int) -> None:
+        """Make the folder ready for a part to be gone on with by `world` processes; one of them calls this.
+
+        Shares of another number of processes are added to the part's file. A share says which batches that file had
+        when it was begun, so one that was added already, before a process was killed, is known and removed.
+
+        Args:
+            part: A field of `Statistics`.
+            world: How many processes go on.
+        """
+        self._begin()
+        shares = [file.stem for file in self.shares(part)]
+        known = [share for share in shares if self._metadata(share)["after"] == self._batches(part)]
+        if known and not all(share.endswith(f"of{world}") for share in known):
+            parts = [progress for progress in map(self.load, [part, *known]) if progress is not None]
+            sums = parts[0].sums
+            for progress in parts[1:]:
+                sums = sums.merged(progress.sums)
+            self.save(part, sums, [number for progress in parts for number in progress.batches])
+            known = []
+        for file in self.shares(part):
+            if file.stem not in known:
+                file.unlink()
+
+    def _batches(self, part: str) -> int | list[int]:
+        """The numbers of the batches in a part's file, as in its metadata; -1 if it is complete."""
+        if not self._file(part).is_file():
+            return 0
+        metadata = self._metadata(part)
+        return -1 if metadata["complete"] else metadata["batches"]
+
+    @property
+    def _begun(self) -> bool:
+        """Whether there is any sum."""
+        return any(self._file(part).is_file() or self.shares(part) for part in PARTS)
+
     def _begin(self) -> None:
         """Make the folder, before the first part is saved."""
-        if any(self._file(part).is_file() for part in PARTS):
+        if self._begun:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         if self.patch:
@@ -203,13 +256,19 @@ class FisherFolder:
         atomic.write_text(self.path / FINGERPRINT_NAME, json.dumps(self.fingerprint, indent=1) + "\n")
 
 
+def _counted(batches: Collection[int]) -> int | list[int]:
+    """Numbers of batches as JSON: how many, where they are the first ones."""
+    numbers = sorted(batches)
+    return len(numbers) if numbers == list(range(len(numbers))) else numbers
+
+
 def _refuse_foreign(path: Path) -> None:
     """ValueError if a folder exists and holds anything but statistics."""
     if not path.exists():
         return
     ours = {FINGERPRINT_NAME, PATCH_NAME, *(f"{part}.safetensors" for part in PARTS)}
     if not path.is_dir() or any(
-        file.name not in ours and not any(map(file.match, (ANSWERS_NAME.format(kind="*", digest="*"), *_LEFT)))
+        file.name not in ours and not any(map(file.match, _BESIDE))
         for file in path.iterdir()
     ):
         raise ValueError(f"Fisher folder: {path} exists and holds other things; name a new or empty folder")

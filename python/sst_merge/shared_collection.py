@@ -1,0 +1,109 @@
+"""A part of the statistics summed by several processes: batches by turns, sums in the order of ranks.
+
+Batch k of those that are left goes to rank k mod world, and keeps what it has until the part is done; then
+Σ = Σ_earlier + Σ_rank 0 + Σ_rank 1 + …, on every rank in this order. So the same number of processes gives the same
+bits, however often it was interrupted, and another number the same up to rounding. In the folder each rank keeps its
+own share beside the part's file (`store`); another number of processes, or one, goes on from them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from sst_kernels.distributed import all_gather_rows
+
+from . import distributed
+from .store import SHARE, FisherFolder, Progress
+from .sums import FisherSums
+
+if TYPE_CHECKING:
+    from .fisher import Collector, Part
+
+
+def collect_together(collector: Collector, part: Part, folder: FisherFolder | None) -> FisherSums:
+    """The sums of a part, complete, on every rank.
+
+    Args:
+        collector: Entered, on every rank.
+        part: What to sum.
+        folder: Where shares, and at the end the sums, are kept.
+
+    Returns:
+        The sums.
+
+    Raises:
+        RankStopped: Another process has stopped; names it.
+
+    Cost: a share of the passes, and each rank's sums sent to all at the end. A model of FSDP2 is run by all ranks in
+    step, those with fewer batches repeating one whose gradients are dropped.
+    """
+    rank, world = distributed.rank(), distributed.world()
+    share = f"{part.name}.{SHARE.format(rank=rank, world=world)}"
+    before = own = None
+    distributed.meet()  # earlier parts are written
+    if folder is not None:
+        if distributed.first():
+            folder.settle(part.name, world)
+        distributed.meet()
+        before, own = (folder.load(key, collector.empty(part)) for key in (part.name, share))
+        if before is not None and before.complete:
+            return before.sums
+
+    def save(sums: FisherSums, batches: list[int]) -> None:
+        distributed.check()
+        if folder is not None:
+            folder.save_now_and_then(share, sums, batches)
+
+    count = len(collector.batches(part))
+    left = [k for k in range(count) if before is None or k not in set(before.batches)]
+    mine = left[rank::world]
+    own = own or Progress(collector.empty(part), (), False)
+    missing = len(mine) - len(own.batches)
+    steps = max(distributed.gather_objects(missing)) if runs_in_step(collector.model) else missing
+    sums = collector.collect(part, own, save, mine)
+    for _ in range(steps - missing):
+        collector.accompany(part)
+    distributed.meet()
+    total = _gathered(sums, before)
+    collector.check(total)
+    if folder is not None and distributed.first():
+        folder.save(part.name, total)
+        folder.drop_shares(part.name)
+    return total
+
+
+def runs_in_step(model: nn.Module) -> bool:
+    """Whether a forward pass needs all ranks: parameters are sharded by FSDP2."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _gathered(sums: FisherSums, before: Progress | None) -> FisherSums:
+    """What there was before and every rank's sums, added in the order of ranks; rows one after another."""
+    own = sums.tensors()
+    facts = distributed.gather_objects((sums.count, {key: (tuple(t.shape), t.dtype) for key, t in own.items()}))
+    total = FisherSums(sums.representation)
+    count = sum((c for c, _ in facts), 0.0 if before is None else before.sums.count)
+    known = {} if before is None else before.sums.tensors()
+    device = next((tensor.device for tensor in own.values()), torch.device("cpu"))
+    tensors = {}
+    for key, (shape, dtype) in {key: fact for _, theirs in facts for key, fact in theirs.items()}.items():
+        stacked = key.startswith("rows/")
+        lengths = [(theirs[key][0][0] if stacked else 1) if key in theirs else 0 for _, theirs in facts]
+        if key not in own:
+            part = torch.empty(0, *(shape[1:] if stacked else shape), dtype=dtype, device=device)
+        else:
+            part = own[key] if stacked else own[key][None]
+        parts = all_gather_rows(part, lengths)
+        if stacked:
+            tensors[key] = torch.cat([known[key], parts]) if key in known else parts
+            continue
+        result = known[key].clone() if key in known else torch.zeros_like(parts[0])
+        for each in parts:
+            result += each
+        tensors[key] = result
+    total.load({**known, **tensors}, count)
+    return total
