@@ -267,10 +267,7 @@ def _refuse_foreign(path: Path) -> None:
     if not path.exists():
         return
     ours = {FINGERPRINT_NAME, PATCH_NAME, *(f"{part}.safetensors" for part in PARTS)}
-    if not path.is_dir() or any(
-        file.name not in ours and not any(map(file.match, _BESIDE))
-        for file in path.iterdir()
-    ):
+    if not path.is_dir() or any(file.name not in ours and not any(map(file.match, _BESIDE)) for file in path.iterdir()):
         raise ValueError(f"Fisher folder: {path} exists and holds other things; name a new or empty folder")
 
 
