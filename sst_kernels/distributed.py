@@ -72,7 +72,7 @@ def solve_distributed(pencil: Pencil, k: int, *, group: dist.ProcessGroup | None
     if failed:
         raise RuntimeError(f"solve_distributed: {'; '.join(failed)}") from failure
     lengths = [stop - start for start, stop in pairwise(bounds)]
-    rows = {name: all_gather_rows(getattr(found, name), lengths, group) for name in _ROWS}
+    rows = {name: _all_gather(getattr(found, name), lengths, group) for name in _ROWS}
     whole = everyone[next((i for i, length in enumerate(lengths) if length), 0)][1]
     whole["counts"] = Counts(
         *(max(column) for column in zip(*(theirs["counts"] for _, theirs in everyone), strict=True))
@@ -137,17 +137,8 @@ def _operators_of(operator: Operator, batch: torch.Size, start: int, stop: int) 
     return kind(**{f.name: cut(getattr(operator, f.name), f.name) for f in fields(operator)})
 
 
-def all_gather_rows(part: Tensor, lengths: list[int], group: dist.ProcessGroup | None = None) -> Tensor:
-    """The rows of all ranks, in the order of the ranks.
-
-    Args:
-        part: (lengths[rank], …), this rank's; dtype and further sizes are equal on all.
-        lengths: how many rows each rank has.
-        group: the processes; None for all.
-
-    Returns:
-        (Σ lengths, …), on the device of `part`.
-    """
+def _all_gather(part: Tensor, lengths: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Rows of all ranks, `lengths` of each, in the order of the ranks."""
     nccl = "nccl" in dist.get_backend(group)
     device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
     sent = part.new_zeros(max(lengths), *part.shape[1:], device=device)

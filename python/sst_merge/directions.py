@@ -20,6 +20,7 @@ from torch import Tensor
 from sst_kernels import Diagonal, EigenResult, Gram, LowRankPlusDiagonal, Pencil, Status, solve
 from sst_kernels.result import REMEDIES
 
+from .distributed import spread
 from .settings import SstParameters
 from .sums import FisherSums, Statistics
 
@@ -85,6 +86,17 @@ def find_directions(
     phi = {name: patch[name].flatten() for name in names}
     if settings.fisher == "gram":
         return {ALL_MODULES: _across_modules(statistics, phi, settings, gamma)}, gamma
+
+    def solved(own: list[str]) -> dict[str, Directions]:
+        return _module_by_module(statistics, {name: phi[name] for name in own}, settings, gamma)
+
+    return spread({name: float(len(vector)) ** 3 for name, vector in phi.items()}, solved), gamma
+
+
+def _module_by_module(
+    statistics: Statistics, phi: Mapping[str, Tensor], settings: SstParameters, gamma: float
+) -> dict[str, Directions]:
+    """The pencil of every module, in batches of equal n."""
     found: dict[str, Directions] = {}
     for group in _batches_of_equal_n(phi):
         a = torch.stack([_shrunk(statistics.harm, name, settings) for name in group])
@@ -100,7 +112,7 @@ def find_directions(
             pairs = result.values[i], result.vectors[i]
             b_phi = b[i] @ phi[name] if b[i].ndim == 2 else b[i] * phi[name]
             found[name] = _directions(statistics, (name,), phi[name], b_phi, pairs, (gamma, status))
-    return {name: found[name] for name in names}, gamma
+    return found
 
 
 def _across_modules(

@@ -11,13 +11,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
+
+T = TypeVar("T")
 
 SILENCE = 30.0
 """Seconds without a beat after which a process counts as gone."""
@@ -57,8 +60,64 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def of_first(value: Any) -> Any:
-    """The first process' value, on all."""
+    """The first process' value, on all: what may differ by rounding, and is decided by, is the same everywhere."""
     return gather_objects(value if first() else None)[0]
+
+
+def broadcast(
+    value: Any, tensors: Mapping[str, Tensor], source: int, device: torch.device | str
+) -> tuple[Any, dict[str, Tensor]]:
+    """What one process has, on all; a collective call.
+
+    Args:
+        value: A small object, pickled; that of `source` counts.
+        tensors: By key; those of `source` count, and stay there what they are.
+        source: The rank.
+        device: Where the others want the tensors.
+
+    Returns:
+        Its value and tensors.
+    """
+    header = [(value, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()})]
+    dist.broadcast_object_list(header, source)
+    value, shapes = header[0]
+    received = {}
+    for key, (shape, dtype) in shapes.items():
+        own = tensors[key].contiguous() if rank() == source else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(own, source)
+        received[key] = own
+    return value, received
+
+
+def spread(costs: Mapping[str, float], work: Callable[[list[str]], dict[str, T]]) -> dict[str, T]:
+    """`work(keys)`, the keys dealt over the processes, dearest first and always to the one with least to do.
+
+    Args:
+        costs: Key -> what it costs, in any unit; the same on all ranks.
+        work: Gives a flat dataclass for every key.
+
+    Returns:
+        Key -> what was made of it, on every rank, tensors on the device of this rank's own.
+    """
+    if world() == 1:
+        return work(list(costs))
+    owner, load = {}, [0.0] * world()
+    for key in sorted(costs, key=costs.get, reverse=True):
+        owner[key] = load.index(min(load))
+        load[owner[key]] += costs[key]
+    own = work([key for key in costs if owner[key] == rank()])
+    meet()
+    device = next((v.device for o in own.values() for v in vars(o).values() if isinstance(v, Tensor)), "cpu")
+    found = {}
+    for key, source in owner.items():
+        kind, plain, tensors = None, {}, {}
+        if source == rank():
+            kind, values = type(own[key]), vars(own[key])
+            tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+            plain = {name: value for name, value in values.items() if name not in tensors}
+        (kind, plain), tensors = broadcast((kind, plain), tensors, source, device)
+        found[key] = kind(**plain, **tensors)
+    return {key: found[key] for key in costs}
 
 
 class _Watch:

@@ -138,6 +138,11 @@ class Collector:
     def __exit__(self, *exc: object) -> None:
         self.gradients.__exit__(*exc)
 
+    @property
+    def device(self) -> torch.device:
+        """Where sums are kept: with the patch."""
+        return next(iter(self.patch.values())).device
+
     def empty(self, part: Part) -> FisherSums:
         """The sums of a part before the first batch."""
         return part.empty(self.settings.samples)

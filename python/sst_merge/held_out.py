@@ -17,6 +17,7 @@ from sst_kernels.collect import CoreBasis, CoreGradients
 
 from .adapters import LowRank
 from .base import input_device
+from .distributed import of_first
 from .packing import Batch, batches
 from .problem import Problem
 
@@ -84,7 +85,8 @@ def measure(problem: Problem, merged: Sequence[Merged]) -> list[HeldOut]:
                     refusal[i].append(new)
                     change[i].append(new - old)
     values = [[torch.cat(parts) for parts in (k, r, c)] for k, r, c in zip(kl, refusal, change, strict=True)]
-    return [HeldOut(float(k.mean()), _error(k), float(r.mean()), float(c.mean()), _error(c)) for k, r, c in values]
+    found = [HeldOut(float(k.mean()), _error(k), float(r.mean()), float(c.mean()), _error(c)) for k, r, c in values]
+    return of_first(found)
 
 
 def _held_out_batches(problem: Problem, kind: str) -> Iterator[Batch]:

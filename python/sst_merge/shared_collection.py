@@ -14,8 +14,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from sst_kernels.distributed import all_gather_rows
-
 from . import distributed
 from .store import SHARE, FisherFolder, Progress
 from .sums import FisherSums
@@ -49,7 +47,7 @@ def collect_together(collector: Collector, part: Part, folder: FisherFolder | No
         if distributed.first():
             folder.settle(part.name, world)
         distributed.meet()
-        before, own = (folder.load(key, collector.empty(part)) for key in (part.name, share))
+        before, own = folder.load(part.name), folder.load(share, collector.empty(part))
         if before is not None and before.complete:
             return before.sums
 
@@ -59,7 +57,8 @@ def collect_together(collector: Collector, part: Part, folder: FisherFolder | No
             folder.save_now_and_then(share, sums, batches)
 
     count = len(collector.batches(part))
-    left = [k for k in range(count) if before is None or k not in set(before.batches)]
+    known = set() if before is None else set(before.batches)
+    left = [k for k in range(count) if k not in known]
     mine = left[rank::world]
     own = own or Progress(collector.empty(part), (), False)
     missing = len(mine) - len(own.batches)
@@ -68,7 +67,7 @@ def collect_together(collector: Collector, part: Part, folder: FisherFolder | No
     for _ in range(steps - missing):
         collector.accompany(part)
     distributed.meet()
-    total = _gathered(sums, before)
+    total = _gathered(sums, before, collector.device)
     collector.check(total)
     if folder is not None and distributed.first():
         folder.save(part.name, total)
@@ -81,29 +80,15 @@ def runs_in_step(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def _gathered(sums: FisherSums, before: Progress | None) -> FisherSums:
-    """What there was before and every rank's sums, added in the order of ranks; rows one after another."""
-    own = sums.tensors()
-    facts = distributed.gather_objects((sums.count, {key: (tuple(t.shape), t.dtype) for key, t in own.items()}))
-    total = FisherSums(sums.representation)
-    count = sum((c for c, _ in facts), 0.0 if before is None else before.sums.count)
-    known = {} if before is None else before.sums.tensors()
-    device = next((tensor.device for tensor in own.values()), torch.device("cpu"))
-    tensors = {}
-    for key, (shape, dtype) in {key: fact for _, theirs in facts for key, fact in theirs.items()}.items():
-        stacked = key.startswith("rows/")
-        lengths = [(theirs[key][0][0] if stacked else 1) if key in theirs else 0 for _, theirs in facts]
-        if key not in own:
-            part = torch.empty(0, *(shape[1:] if stacked else shape), dtype=dtype, device=device)
-        else:
-            part = own[key] if stacked else own[key][None]
-        parts = all_gather_rows(part, lengths)
-        if stacked:
-            tensors[key] = torch.cat([known[key], parts]) if key in known else parts
-            continue
-        result = known[key].clone() if key in known else torch.zeros_like(parts[0])
-        for each in parts:
-            result += each
-        tensors[key] = result
-    total.load({**known, **tensors}, count)
-    return total
+def _gathered(sums: FisherSums, before: Progress | None, device: torch.device | str) -> FisherSums:
+    """What there was before and every rank's sums, added in the order of ranks."""
+    total = None if before is None else before.sums
+    for source in range(distributed.world()):
+        (kind, count), tensors = distributed.broadcast(
+            (sums.representation, sums.count), sums.tensors(), source, device
+        )
+        if tensors:
+            theirs = FisherSums(kind)
+            theirs.load(tensors, count)
+            total = theirs if total is None else total.merged(theirs)
+    return sums if total is None else total

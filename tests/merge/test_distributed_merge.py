@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
+import scipy.linalg
 import torch
 import torch.distributed as dist
 import yaml
@@ -19,8 +21,11 @@ from torch.distributed.fsdp import fully_shard
 from two_processes import WORLD, main, run
 
 import sst_merge.cli
+from sst_merge import directions
+from sst_merge.directions import find_directions
 from sst_merge.distributed import RankStopped, together
 from sst_merge.fisher import CollectionSettings, Collector, Part, collect_statistics
+from sst_merge.settings import SstParameters
 from sst_merge.store import PARTS, FisherFolder
 from sst_merge.sums import FisherSums, Statistics
 
@@ -87,6 +92,28 @@ def fsdp(rank: int, folder: Path) -> None:
         check(collected(model, settings), settings)
 
 
+def solves(rank: int, folder: Path) -> None:
+    """Pencils dealt over the ranks: the eigenvalues of scipy, module by module, on both."""
+    settings = CollectionSettings(batch_size=4)
+    statistics, (_, _, patch) = collected(make_model(), settings), make_problem()
+    own, solve = [], directions._module_by_module
+
+    def seen(statistics, phi, *rest) -> dict:
+        own.extend(phi)
+        return solve(statistics, phi, *rest)
+
+    with pytest.MonkeyPatch.context() as monkey, together():
+        monkey.setattr(directions, "_module_by_module", seen)
+        found, gamma = find_directions(statistics, patch, SstParameters())
+    assert list(found) == list(NAMES) and own == [list(NAMES)[rank]]
+    for name in NAMES:
+        a, b = statistics.harm.fisher(name), statistics.benign.fisher(name) + gamma * torch.eye(6).double()
+        values, vectors = found[name].values, found[name].vectors
+        assert found[name].names == (name,)
+        numpy.testing.assert_allclose(values, scipy.linalg.eigh(a, b, eigvals_only=True)[::-1], rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(a @ vectors, b @ vectors * values, rtol=1e-7, atol=1e-7)
+
+
 class Interrupted(Exception):
     """In a test."""
 
@@ -129,10 +156,10 @@ def failing(rank: int, folder: Path) -> None:
         assert str(raised.value).startswith("rank 1 stopped (ValueError: bad data)")
 
 
-CASES = {f.__name__: f for f in (equal_to_one_process, fsdp, interrupted, failing)}
+CASES = {f.__name__: f for f in (equal_to_one_process, fsdp, solves, interrupted, failing)}
 
 
-@pytest.mark.parametrize("case", ["equal_to_one_process", "fsdp", "failing"])
+@pytest.mark.parametrize("case", ["equal_to_one_process", "fsdp", "solves", "failing"])
 def test_two_processes(tmp_path, case):
     run(__file__, case, tmp_path, seconds=240)
 
