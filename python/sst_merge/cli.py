@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--tune", action="store_true", help="choose damping, shrinkage, k or mu, and alpha on held-out data"
     )
+    merge.add_argument("--memory", metavar="SIZE", help="20GiB, …: what may be taken; more is collected in groups")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     merge.add_argument(
         "--merge-into-base", action="store_true", help="write the merged model as a full checkpoint, not an adapter"
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     fisher.add_argument("--add", nargs="+", metavar="DIR", help="sum these folders, from different data, into --out")
     fisher.add_argument("--device", help="as for merge")
     fisher.add_argument("--dtype", help="as for merge")
+    fisher.add_argument("--memory", metavar="SIZE", help="as for merge")
     fisher.set_defaults(run=_fisher)
 
     inspect = commands.add_parser("inspect", help="say what is in an adapter and what a merge would cover")
@@ -60,7 +62,8 @@ def _merge(args: argparse.Namespace) -> None:
     from .distributed import joined
     from .merging import merge
 
-    overrides = {"device": args.device, "dtype": args.dtype, "fisher_dir": args.fisher, "tune": args.tune or None}
+    overrides = {"device": args.device, "dtype": args.dtype, "fisher_dir": args.fisher, "memory": args.memory}
+    overrides["tune"] = args.tune or None
     options = {"overwrite": args.overwrite, "merge_into_base": args.merge_into_base, **overrides}
     with joined():
         result = merge(args.config, out=args.out, **options)
@@ -84,7 +87,7 @@ def _fisher(args: argparse.Namespace) -> None:
         from .merging import collect
 
         with joined():
-            collect(args.config, args.out, device=args.device, dtype=args.dtype)
+            collect(args.config, args.out, device=args.device, dtype=args.dtype, memory=args.memory)
             if not first():
                 return
     print(f"wrote {args.out}; merge with --fisher {args.out}")

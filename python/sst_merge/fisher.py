@@ -9,8 +9,9 @@ to the full patch τ (path), labels sampled from the model at that point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,9 +25,10 @@ from sst_kernels.labels import counter_uniform, sample_labels
 from . import distributed
 from .base import input_device
 from .data import TokenSequence
+from .memory import partition
 from .packing import Batch, batches
 from .shared_collection import collect_together
-from .store import FisherFolder, Progress
+from .store import FisherFolder, Progress, pieces
 from .sums import FisherSums, Statistics
 
 Save = Callable[[FisherSums, list[int]], None]
@@ -45,6 +47,8 @@ class CollectionSettings:
         samples: Labels ŷ sampled per position for the true Fisher.
         seed: Of the sampled labels.
         row_length: Tokens of a row that several sequences are packed in; None gives each its own row.
+        groups: How many groups of modules are collected one after another, their sums left in the folder; 0 for all at
+            once, and kept.
     """
 
     points: tuple[float, ...] = (0.25, 0.5)
@@ -54,6 +58,7 @@ class CollectionSettings:
     samples: int = 1
     seed: int = 0
     row_length: int | None = None
+    groups: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,20 @@ class Collector:
     def __exit__(self, *exc: object) -> None:
         self.gradients.__exit__(*exc)
 
+    @contextmanager
+    def watching(self, names: Collection[str]) -> Iterator[None]:
+        """Within it, gradients of these modules alone are summed."""
+        before, self.gradients.watched = self.gradients.watched, frozenset(names)
+        try:
+            yield
+        finally:
+            self.gradients.watched = before
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Module name -> n, the number of its coordinates."""
+        return {name: tau.numel() for name, tau in self.patch.items()}
+
     @property
     def device(self) -> torch.device:
         """Where sums are kept: with the patch."""
@@ -209,7 +228,7 @@ class Collector:
         Raises:
             ValueError: One was not; names it.
         """
-        for name in self.patch:
+        for name in (name for name in self.patch if name in self.gradients.watched):
             if name not in sums.first:
                 raise ValueError(
                     f"no gradient reached module {name!r}: the model does not use it; train the adapters without it"
@@ -290,7 +309,19 @@ def _origin(
 
 
 def _collect_part(collector: Collector, part: Part, folder: FisherFolder | None) -> FisherSums:
-    """One part, from the folder as far as it is there."""
+    """One part, whole or group by group."""
+    count = 0 if folder is None else folder.groups(part.name, collector.settings.groups)
+    if count == 0:
+        return _collect_at_once(collector, part, folder)
+    for name, group in zip(pieces(part.name, count), partition(collector.sizes, count), strict=True):
+        with collector.watching(group):
+            _collect_at_once(collector, replace(part, name=name), folder)
+    distributed.meet()
+    return folder.load(part.name).sums
+
+
+def _collect_at_once(collector: Collector, part: Part, folder: FisherFolder | None) -> FisherSums:
+    """The sums of the modules that are watched, from the folder as far as they are there."""
     if distributed.world() > 1:
         return collect_together(collector, part, folder)
     if folder is None:

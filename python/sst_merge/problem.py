@@ -21,7 +21,7 @@ from .coordinates import core_basis, to_core, weight_basis
 from .data import TokenSequence
 from .fingerprint import fingerprint
 from .fisher import CollectionSettings, Collector, collect_statistics
-from .memory import check_memory
+from .memory import plan_memory
 from .packing import check_packing
 from .settings import ROLES, Config, FisherParameters
 from .store import SERVES, FisherFolder
@@ -205,10 +205,10 @@ class Problem:
         folder = self._fisher_folder(parameters, changed if coordinates == "core" else {})
         if folder is not None and folder.complete:
             return Curvature(origin, changed, folder.statistics())
-        check_memory(self, {name: bases[name] for name in changed}, representation, coordinates)
+        groups = plan_memory(self, {name: bases[name] for name in changed}, representation, coordinates)
         if self.config.calibration.packing:
             check_packing(self.model, self.model_config.vocab_size)
-        settings = _collection_settings(parameters, self.config)
+        settings = replace(_collection_settings(parameters, self.config), groups=groups)
         with Collector(self.model, bases, origin, changed, settings) as collector:
             harm, benign = self.calibration["harm"], self.calibration["benign"]
             return Curvature(origin, changed, collect_statistics(collector, harm, benign, folder))

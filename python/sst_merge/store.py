@@ -37,8 +37,15 @@ SERVES = {"exact": {"exact", "gram"}, "gram": {"gram"}, "diagonal": {"diagonal",
 
 SHARE = "rank{rank}of{world}"  # of a part, behind its name: what one of several processes has summed
 
+GROUP = "group{i}of{count}"  # of modules, behind a part's name
+
 _LEFT = (".*.new", ".tmp*")  # by a process that was killed while it wrote: our names, and safetensors' own
-_BESIDE = (ANSWERS_NAME.format(kind="*", digest="*"), f"*.{SHARE.format(rank='*', world='*')}.safetensors", *_LEFT)
+_BESIDE = (
+    ANSWERS_NAME.format(kind="*", digest="*"),
+    f"*.{SHARE.format(rank='*', world='*')}.safetensors",
+    f"*.{GROUP.format(i='*', count='*')}.safetensors",
+    *_LEFT,
+)
 _SAME_PATCH = 1e-4  # relative to the largest core: rounding is far below, another basis far above
 
 
@@ -111,7 +118,42 @@ class FisherFolder:
     @property
     def complete(self) -> bool:
         """Whether every part is there to its end."""
-        return all(self._file(part).is_file() and self._metadata(part)["complete"] for part in PARTS)
+        return all(self._is_complete(part) for part in PARTS)
+
+    def _is_complete(self, part: str) -> bool:
+        """Whether a part is there to its end, in one file or in those of all its groups."""
+        pieces = self._pieces(part) or [part]
+        return all(self._file(piece).is_file() and self._metadata(piece)["complete"] for piece in pieces)
+
+    def _pieces(self, part: str) -> list[str]:
+        """The names of the groups of a part that is collected in groups; none where it has a file of its own."""
+        found = [] if self._file(part).is_file() else list(self.path.glob(f"{part}.{GROUP.format(i='*', count='*')}.*"))
+        if not found:
+            return []
+        return pieces(part, int(found[0].name.split(".")[1].partition("of")[2]))
+
+    def groups(self, part: str, wanted: int) -> int:
+        """In how many groups of modules a part is gone on with: those it was begun in, if they are as small.
+
+        Args:
+            part: A field of `Statistics`.
+            wanted: How many groups memory asks for, 0 if sums need not be left in the folder.
+
+        Returns:
+            The number; 0 if the part is there to its end.
+
+        Raises:
+            ValueError: It was begun in fewer groups.
+        """
+        if self._is_complete(part):
+            return 0
+        begun = len(self._pieces(part)) or int(self._file(part).is_file() or bool(self.shares(part)))
+        if 0 < begun < wanted:
+            raise ValueError(
+                f"Fisher folder: {part} was begun in groups of modules, {begun} in number, and memory now asks for "
+                f"{wanted}: give it more, or remove {self.path}"
+            )
+        return begun if begun > 1 else wanted
 
     def load(self, part: str, sums: FisherSums | None = None) -> Progress | None:
         """What is there of a part.
@@ -128,7 +170,7 @@ class FisherFolder:
         """
         file = self._file(part)
         if not file.is_file():
-            return None
+            return self._load_pieces(part)
         metadata = self._metadata(part)
         if metadata["complete"] and not metadata["count"] > 0:
             raise ValueError(f"Fisher folder: {file} sums over {metadata['count']} sequences; collect it again")
@@ -138,6 +180,16 @@ class FisherFolder:
         sums.load(loaded, metadata["count"])
         batches = metadata["batches"]
         return Progress(sums, range(batches) if isinstance(batches, int) else batches, metadata["complete"])
+
+    def _load_pieces(self, part: str) -> Progress | None:
+        """A part that was collected in groups, once all are there."""
+        pieces = self._pieces(part)
+        if not pieces or not self._is_complete(part):
+            return None
+        loaded = [self.load(piece).sums for piece in pieces]
+        sums = FisherSums(loaded[0].representation)
+        sums.load({key: tensor for each in loaded for key, tensor in each.tensors().items()}, loaded[0].count)
+        return Progress(sums, (), True)
 
     def statistics(self) -> Statistics:
         """All parts of a complete collection."""
@@ -192,8 +244,8 @@ class FisherFolder:
             "complete": batches is None,
             "run": _digest(self.fingerprint),
         }
-        whole, _, share = part.partition(".")
-        if share:
+        whole, _, share = part.rpartition(".")
+        if share.startswith("rank"):
             metadata["after"] = self._batches(whole)
         tensors = {key: tensor.contiguous() for key, tensor in sums.tensors().items()}
         self._begin()
@@ -243,7 +295,7 @@ class FisherFolder:
     @property
     def _begun(self) -> bool:
         """Whether there is any sum."""
-        return any(self._file(part).is_file() or self.shares(part) for part in PARTS)
+        return any(any(self.path.glob(f"{part}{end}.safetensors")) for part in PARTS for end in ("", ".*"))
 
     def _begin(self) -> None:
         """Make the folder, before the first part is saved."""
@@ -254,6 +306,11 @@ class FisherFolder:
             with atomic.replace_file(self.path / PATCH_NAME) as fresh:
                 atomic.save_tensors(fresh, {name: tau.contiguous() for name, tau in self.patch.items()}, {})
         atomic.write_text(self.path / FINGERPRINT_NAME, json.dumps(self.fingerprint, indent=1) + "\n")
+
+
+def pieces(part: str, count: int) -> list[str]:
+    """What the sums of the groups of a part are called; the part itself where there is one group."""
+    return [part] if count == 1 else [f"{part}.{GROUP.format(i=i, count=count)}" for i in range(count)]
 
 
 def _counted(batches: Collection[int]) -> int | list[int]:

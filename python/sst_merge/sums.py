@@ -172,9 +172,12 @@ class FisherSums:
             kind, _, name = key.partition("/")
             if kind == "rows":
                 self.capacity = max(self.capacity or 0, len(tensor))
-                whole = tensor.new_zeros(self.capacity, tensor.shape[1])
-                whole[: len(tensor)] = tensor
-                self.rows[name], self.filled[name] = whole, len(tensor)
+                if len(tensor) < self.capacity:
+                    room = tensor.new_zeros(self.capacity - len(tensor), tensor.shape[1])
+                    self.rows[name] = torch.cat([tensor, room])
+                else:
+                    self.rows[name] = tensor
+                self.filled[name] = len(tensor)
             else:
                 {"second": self.second, "first": self.first}[kind][name] = tensor
 
