@@ -27,8 +27,9 @@ from .base import input_device
 from .data import TokenSequence
 from .memory import partition
 from .packing import Batch, batches
-from .shared_collection import collect_together
-from .store import FisherFolder, Progress, pieces
+from .part_files import pieces
+from .shared_collection import collect_together, settle
+from .store import FisherFolder, Progress
 from .sums import FisherSums, Statistics
 
 Save = Callable[[FisherSums, list[int]], None]
@@ -326,7 +327,7 @@ def _collect_at_once(collector: Collector, part: Part, folder: FisherFolder | No
         return collect_together(collector, part, folder)
     if folder is None:
         return collector.collect(part)
-    folder.settle(part.name, 1)
+    settle(folder, part.name, 1)
     saved = folder.load(part.name, part.empty(collector.settings.samples))
     if saved is not None and saved.complete:
         return saved.sums

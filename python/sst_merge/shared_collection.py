@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from . import distributed
-from .store import SHARE, FisherFolder, Progress
+from . import distributed, part_files
+from .store import FisherFolder, Progress
 from .sums import FisherSums
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ def collect_together(collector: Collector, part: Part, folder: FisherFolder | No
     step, those with fewer batches repeating one whose gradients are dropped.
     """
     rank, world = distributed.rank(), distributed.world()
-    share = f"{part.name}.{SHARE.format(rank=rank, world=world)}"
+    share = part_files.share(part.name, rank, world)
     before = own = None
     distributed.meet()  # earlier parts are written
     if folder is not None:
         if distributed.first():
-            folder.settle(part.name, world)
+            settle(folder, part.name, world)
         distributed.meet()
         before, own = folder.load(part.name), folder.load(share, collector.empty(part))
         if before is not None and before.complete:
@@ -71,8 +71,32 @@ def collect_together(collector: Collector, part: Part, folder: FisherFolder | No
     collector.check(total)
     if folder is not None and distributed.first():
         folder.save(part.name, total)
-        folder.drop_shares(part.name)
+        part_files.drop_shares(folder.path, part.name)
     return total
+
+
+def settle(folder: FisherFolder, part: str, world: int) -> None:
+    """Make a folder ready for a part to be gone on with by `world` processes; one of them calls this.
+
+    Shares of another number of processes are added to the part's file. A share says which batches that file had when
+    it was begun, so one that was added already, before a process was killed, is known and removed.
+
+    Args:
+        folder: The folder; its part is changed.
+        part: Name of a part, or of one of its groups.
+        world: How many processes go on.
+    """
+    folder.begin()
+    known = [s for s in part_files.shares(folder.path, part) if folder.after(s) == folder.batches(part)]
+    if known and all(s.endswith(f"of{world}") for s in known):
+        return
+    if known:
+        found = [progress for progress in map(folder.load, [part, *known]) if progress is not None]
+        sums = found[0].sums
+        for progress in found[1:]:
+            sums = sums.merged(progress.sums)
+        folder.save(part, sums, [number for progress in found for number in progress.batches])
+    part_files.drop_shares(folder.path, part)
 
 
 def runs_in_step(model: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import atomic, distributed
 from .data import TokenSequence
+from .part_files import PIECES, begun_pieces, shares
 from .sums import FisherSums, Statistics
 
 FINGERPRINT_NAME = "fisher.json"
@@ -35,15 +36,10 @@ SAVE_SHARE = 10  # a save waits until this many times what the last one took has
 SERVES = {"exact": {"exact", "gram"}, "gram": {"gram"}, "diagonal": {"diagonal", "exact", "gram"}}
 """Representation wanted -> those it can be had from."""
 
-SHARE = "rank{rank}of{world}"  # of a part, behind its name: what one of several processes has summed
-
-GROUP = "group{i}of{count}"  # of modules, behind a part's name
-
 _LEFT = (".*.new", ".tmp*")  # by a process that was killed while it wrote: our names, and safetensors' own
 _BESIDE = (
     ANSWERS_NAME.format(kind="*", digest="*"),
-    f"*.{SHARE.format(rank='*', world='*')}.safetensors",
-    f"*.{GROUP.format(i='*', count='*')}.safetensors",
+    *PIECES,
     *_LEFT,
 )
 _SAME_PATCH = 1e-4  # relative to the largest core: rounding is far below, another basis far above
@@ -122,15 +118,8 @@ class FisherFolder:
 
     def _is_complete(self, part: str) -> bool:
         """Whether a part is there to its end, in one file or in those of all its groups."""
-        pieces = self._pieces(part) or [part]
-        return all(self._file(piece).is_file() and self._metadata(piece)["complete"] for piece in pieces)
-
-    def _pieces(self, part: str) -> list[str]:
-        """The names of the groups of a part that is collected in groups; none where it has a file of its own."""
-        found = [] if self._file(part).is_file() else list(self.path.glob(f"{part}.{GROUP.format(i='*', count='*')}.*"))
-        if not found:
-            return []
-        return pieces(part, int(found[0].name.split(".")[1].partition("of")[2]))
+        names = begun_pieces(self.path, part) or [part]
+        return all(self._file(name).is_file() and self._metadata(name)["complete"] for name in names)
 
     def groups(self, part: str, wanted: int) -> int:
         """In how many groups of modules a part is gone on with: those it was begun in, if they are as small.
@@ -147,7 +136,8 @@ class FisherFolder:
         """
         if self._is_complete(part):
             return 0
-        begun = len(self._pieces(part)) or int(self._file(part).is_file() or bool(self.shares(part)))
+        whole = self._file(part).is_file() or bool(shares(self.path, part))
+        begun = len(begun_pieces(self.path, part)) or int(whole)
         if 0 < begun < wanted:
             raise ValueError(
                 f"Fisher folder: {part} was begun in groups of modules, {begun} in number, and memory now asks for "
@@ -183,7 +173,7 @@ class FisherFolder:
 
     def _load_pieces(self, part: str) -> Progress | None:
         """A part that was collected in groups, once all are there."""
-        pieces = self._pieces(part)
+        pieces = begun_pieces(self.path, part)
         if not pieces or not self._is_complete(part):
             return None
         loaded = [self.load(piece).sums for piece in pieces]
@@ -246,47 +236,18 @@ class FisherFolder:
         }
         whole, _, share = part.rpartition(".")
         if share.startswith("rank"):
-            metadata["after"] = self._batches(whole)
+            metadata["after"] = self.batches(whole)
         tensors = {key: tensor.contiguous() for key, tensor in sums.tensors().items()}
-        self._begin()
+        self.begin()
         with atomic.replace_file(self._file(part)) as fresh:
             atomic.save_tensors(fresh, tensors, {"sst_merge": json.dumps(metadata)})
 
-    def shares(self, part: str) -> list[Path]:
-        """The files of processes that had not yet finished a part together."""
-        return sorted(self.path.glob(f"{part}.{SHARE.format(rank='*', world='*')}.safetensors"))
+    def after(self, share: str) -> int | list[int]:
+        """What `batches` said of the part when a share of it was begun."""
+        return self._metadata(share)["after"]
 
-    def drop_shares(self, part: str) -> None:
-        """Remove them: they are in the part's file now."""
-        for file in self.shares(part):
-            file.unlink()
-
-    def settle(self, part: str, world: int) -> None:
-        """Make the folder ready for a part to be gone on with by `world` processes; one of them calls this.
-
-        Shares of another number of processes are added to the part's file. A share says which batches that file had
-        when it was begun, so one that was added already, before a process was killed, is known and removed.
-
-        Args:
-            part: A field of `Statistics`.
-            world: How many processes go on.
-        """
-        self._begin()
-        shares = [file.stem for file in self.shares(part)]
-        known = [share for share in shares if self._metadata(share)["after"] == self._batches(part)]
-        if known and not all(share.endswith(f"of{world}") for share in known):
-            parts = [progress for progress in map(self.load, [part, *known]) if progress is not None]
-            sums = parts[0].sums
-            for progress in parts[1:]:
-                sums = sums.merged(progress.sums)
-            self.save(part, sums, [number for progress in parts for number in progress.batches])
-            known = []
-        for file in self.shares(part):
-            if file.stem not in known:
-                file.unlink()
-
-    def _batches(self, part: str) -> int | list[int]:
-        """The numbers of the batches in a part's file, as in its metadata; -1 if it is complete."""
+    def batches(self, part: str) -> int | list[int]:
+        """Which batches are in a part's file: how many, the first ones, or their numbers; -1 for all."""
         if not self._file(part).is_file():
             return 0
         metadata = self._metadata(part)
@@ -297,7 +258,7 @@ class FisherFolder:
         """Whether there is any sum."""
         return any(any(self.path.glob(f"{part}{end}.safetensors")) for part in PARTS for end in ("", ".*"))
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Make the folder, before the first part is saved."""
         if self._begun:
             return
@@ -306,11 +267,6 @@ class FisherFolder:
             with atomic.replace_file(self.path / PATCH_NAME) as fresh:
                 atomic.save_tensors(fresh, {name: tau.contiguous() for name, tau in self.patch.items()}, {})
         atomic.write_text(self.path / FINGERPRINT_NAME, json.dumps(self.fingerprint, indent=1) + "\n")
-
-
-def pieces(part: str, count: int) -> list[str]:
-    """What the sums of the groups of a part are called; the part itself where there is one group."""
-    return [part] if count == 1 else [f"{part}.{GROUP.format(i=i, count=count)}" for i in range(count)]
 
 
 def _counted(batches: Collection[int]) -> int | list[int]:

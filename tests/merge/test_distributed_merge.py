@@ -114,6 +114,16 @@ def solves(rank: int, folder: Path) -> None:
         torch.testing.assert_close(a @ vectors, b @ vectors * values, rtol=1e-7, atol=1e-7)
 
 
+def groups(rank: int, folder: Path) -> None:
+    """A group of modules after another, by both ranks."""
+    settings = CollectionSettings(batch_size=1, groups=2)
+    with together():
+        grouped = collected(make_model(), settings, FisherFolder(folder / "groups", FINGERPRINT))
+    assert same_bits(grouped, collected(make_model(), CollectionSettings(batch_size=1)))
+    files = [f"{part}.group{i}of2.safetensors" for part in PARTS for i in range(2)]
+    assert sorted(file.name for file in (folder / "groups").glob("*.safetensors")) == sorted(files)
+
+
 class Interrupted(Exception):
     """In a test."""
 
@@ -156,10 +166,10 @@ def failing(rank: int, folder: Path) -> None:
         assert str(raised.value).startswith("rank 1 stopped (ValueError: bad data)")
 
 
-CASES = {f.__name__: f for f in (equal_to_one_process, fsdp, solves, interrupted, failing)}
+CASES = {f.__name__: f for f in (equal_to_one_process, fsdp, solves, groups, interrupted, failing)}
 
 
-@pytest.mark.parametrize("case", ["equal_to_one_process", "fsdp", "solves", "failing"])
+@pytest.mark.parametrize("case", ["equal_to_one_process", "fsdp", "solves", "groups", "failing"])
 def test_two_processes(tmp_path, case):
     run(__file__, case, tmp_path, seconds=240)
 
