@@ -50,6 +50,11 @@ def first() -> bool:
     return rank() == 0
 
 
+def own_device(device: str) -> str:
+    """The device of this process that a name without an index means: safetensors takes "cuda" for the first one."""
+    return f"cuda:{torch.cuda.current_device()}" if world() > 1 and device == "cuda" else device
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The value of every process, in the order of ranks; small ones, as they are pickled."""
     if world() == 1:

@@ -82,6 +82,7 @@ def merge(
     out.
     """
     config = load_config(config, **overrides)
+    config = replace(config, device=distributed.own_device(config.device))
     if merge_into_base:
         config = replace(config, output=replace(config.output, merge_into_base=True))
     if out is not None:
@@ -110,6 +111,7 @@ def collect(config: str | Path | Mapping[str, Any] | Config, out: str | Path, **
     if not isinstance(config.parameters, FisherParameters):
         raise ValueError(f"merge_method {config.merge_method} uses no Fishers; there is nothing to collect")
     _refuse_inputs(Path(out), replace(config, fisher_dir=None))
+    config = replace(config, device=distributed.own_device(config.device))
     with distributed.together(), _out_of_memory():
         Problem(config).curvature(config.parameters)
     return Path(config.fisher_dir)

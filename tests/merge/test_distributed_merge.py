@@ -21,7 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from two_processes import WORLD, main, run
 
 import sst_merge.cli
-from sst_merge import directions
+from sst_merge import directions, merge
+from sst_merge.adapters import read_adapter
 from sst_merge.directions import find_directions
 from sst_merge.distributed import RankStopped, together
 from sst_merge.fisher import CollectionSettings, Collector, Part, collect_statistics
@@ -208,6 +209,17 @@ def test_a_dying_rank_is_named_and_the_next_run_goes_on(setup, tmp_path):
     for part in PARTS:
         first, second = (load_file(tmp_path / name / f"{part}.safetensors") for name in ("whole", "broken"))
         assert all(torch.equal(first[key], second[key]) for key in first), part
+
+
+def test_a_merge_by_two_processes_is_written_once(setup, tmp_path):
+    config, out = tmp_path / "config.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump(setup.config("sst", k=0.5)))
+    merged = torchrun("cli", "merge", str(config), "--out", str(out), "--overwrite")
+    assert merged.returncode == 0, merged.stderr
+    assert merged.stdout.count("wrote") == 1 and (out / "report.html").is_file()
+    found, expected = read_adapter(out).updates, merge(setup.config("sst", k=0.5)).updates(1.0)
+    for name, update in expected.items():
+        torch.testing.assert_close(found[name].dense(), update.dense(), rtol=1e-3, atol=1e-4)
 
 
 def killed_in_the_second_part() -> None:
