@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sst_kernels.collect import CoreGradients
 
+from . import distributed
 from .data import (
     CONTENT_MASK,
     NO_LOSS,
@@ -112,13 +113,14 @@ def _stored_or_generated(problem: Problem, kind: str, prompts: Sequence[TokenSeq
     """The answers that are kept beside the statistics; else new ones, kept there."""
     role, folder = ANSWERED_BY[kind], problem.config.fisher_dir
     if folder is None:
-        return _generate(problem, role, prompts)
+        return distributed.of_first(_generate(problem, role, prompts))
     file = Path(folder, ANSWERS_NAME.format(kind=kind, digest=hash_prompts(problem, role, prompts)))
-    if file.is_file():
+    if distributed.of_first(file.is_file()):
         weights = {prompt.index: prompt.weight for prompt in prompts}
         return [replace(answer, weight=weights[answer.index]) for answer in load_answers(file)]
-    answers = _generate(problem, role, prompts)
-    save_answers(file, answers)
+    answers = distributed.of_first(_generate(problem, role, prompts))
+    if distributed.first():
+        save_answers(file, answers)
     return answers
 
 

@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--tune", action="store_true", help="choose damping, shrinkage, k or mu, and alpha on held-out data"
     )
+    merge.add_argument("--memory", metavar="SIZE", help="20GiB, …: what may be taken; more is collected in groups")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     merge.add_argument(
         "--merge-into-base", action="store_true", help="write the merged model as a full checkpoint, not an adapter"
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     fisher.add_argument("--add", nargs="+", metavar="DIR", help="sum these folders, from different data, into --out")
     fisher.add_argument("--device", help="as for merge")
     fisher.add_argument("--dtype", help="as for merge")
+    fisher.add_argument("--memory", metavar="SIZE", help="as for merge")
     fisher.set_defaults(run=_fisher)
 
     inspect = commands.add_parser("inspect", help="say what is in an adapter and what a merge would cover")
@@ -76,12 +78,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _merge(args: argparse.Namespace) -> None:
     """sst-merge merge."""
+    from .distributed import joined
     from .merging import merge
 
-    overrides = {"device": args.device, "dtype": args.dtype, "fisher_dir": args.fisher, "tune": args.tune or None}
-    result = merge(
-        args.config, out=args.out, overwrite=args.overwrite, merge_into_base=args.merge_into_base, **overrides
-    )
+    overrides = {"device": args.device, "dtype": args.dtype, "fisher_dir": args.fisher, "memory": args.memory}
+    overrides["tune"] = args.tune or None
+    options = {"overwrite": args.overwrite, "merge_into_base": args.merge_into_base, **overrides}
+    with joined():
+        result = merge(args.config, out=args.out, **options)
+    if result.path is None:  # another process wrote it
+        return
     for warning in result.report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote {result.path} (read {result.path / 'report.html'})")
@@ -96,9 +102,13 @@ def _fisher(args: argparse.Namespace) -> None:
 
         add_folders(args.add, args.out)
     else:
+        from .distributed import first, joined
         from .merging import collect
 
-        collect(args.config, args.out, device=args.device, dtype=args.dtype)
+        with joined():
+            collect(args.config, args.out, device=args.device, dtype=args.dtype, memory=args.memory)
+            if not first():
+                return
     print(f"wrote {args.out}; merge with --fisher {args.out}")
 
 

@@ -97,7 +97,17 @@ _RANGES = {  # name -> (low, high, low included, high included)
 }
 
 
-_PLAIN = ("dtype", "quantization", "device", "device_map", "trust_remote_code", "download", "fisher_dir", "tune")
+_PLAIN = (
+    "dtype",
+    "quantization",
+    "device",
+    "device_map",
+    "trust_remote_code",
+    "download",
+    "fisher_dir",
+    "tune",
+    "memory",
+)
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, **overrides: Any) -> Config:
@@ -246,6 +256,7 @@ def _check(config: Config) -> None:
     if config.merge_method in AVERAGES and max(config.alphas) > 1:
         raise ValueError(f"alpha: {config.merge_method} needs alpha in [0, 1], got {max(config.alphas)}")
     _check_device(config.device)
+    _ = config.memory_bytes
     _check_device_map(config.device_map)
     roles = [os.path.realpath(getattr(config, role).model) for role in ROLES]
     if roles[0] == roles[1]:

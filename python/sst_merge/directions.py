@@ -8,15 +8,16 @@ a pencil for every module, or with "gram" on either side one over the coordinate
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .distributed import spread
 from .mixture import Mixture
 from .pencils import ALL_MODULES, SolvedPencil, solve_pencils
-from .settings import SstParameters
+from .settings import KINDS, SstParameters
 from .sums import FisherSums, Statistics
 
 
@@ -79,11 +80,18 @@ def find_directions(
     gamma = settings.damping * sum(traces) / sum(tau.numel() for tau in patch.values())
     if not gamma > 0:
         raise ValueError("F_benign is zero: the benign data bear no gradient; check calibration.benign")
-    found = {}
-    for solved in solve_pencils(statistics, patch, settings, gamma):
-        phi = torch.cat([patch[name].flatten() for name in solved.names])
-        found[solved.label] = _directions(statistics, solved, phi, gamma)
-    return {name: found[name] for name in (ALL_MODULES, *names) if name in found}, gamma
+
+    def solved(keys: Sequence[str]) -> dict[str, Directions]:
+        own = patch if keys == [ALL_MODULES] else {name: patch[name] for name in keys}
+        found = {}
+        for pencil in solve_pencils(statistics, own, settings, gamma):
+            phi = torch.cat([patch[name].flatten() for name in pencil.names])
+            found[pencil.label] = _directions(statistics, pencil, phi, gamma)
+        return {key: found[key] for key in keys}
+
+    if any(settings.form(kind).representation == "gram" for kind in KINDS):
+        return solved([ALL_MODULES]), gamma
+    return spread({name: float(tau.numel()) ** 3 for name, tau in patch.items()}, solved), gamma
 
 
 def _directions(statistics: Statistics, solved: SolvedPencil, phi: Tensor, gamma: float) -> Directions:

@@ -9,8 +9,9 @@ to the full patch τ (path), labels sampled from the model at that point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,16 +22,20 @@ from tqdm import tqdm
 from sst_kernels.collect import CoreBasis, CoreGradients, TokenGradients
 from sst_kernels.labels import counter_uniform, sample_labels
 
+from . import distributed
 from .base import input_device
 from .data import TokenSequence
+from .memory import partition
 from .mixture import mix_parts, part_name
 from .packing import Batch, batches, count_batches
+from .part_files import pieces
+from .shared_collection import collect_together, settle
 from .store import FisherFolder, Progress
 from .sums import FisherSums, Statistics
 from .tasks import Task
 
-Save = Callable[[FisherSums, int], None]
-"""(sums, number of batches in them)."""
+Save = Callable[[FisherSums, list[int]], None]
+"""(sums, numbers of the batches in them)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class CollectionSettings:
         samples: Labels ŷ sampled per position for the true Fisher.
         seed: Of the sampled labels.
         row_length: Tokens of a row that several sequences are packed in; None gives each its own row.
+        groups: How many groups of modules are collected one after another, their sums left in the folder; 0 for all at
+            once, and kept.
     """
 
     points: tuple[float, ...] = (0.25, 0.5)
@@ -54,6 +61,7 @@ class CollectionSettings:
     samples: int = 1
     seed: int = 0
     row_length: int | None = None
+    groups: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,8 +149,42 @@ class Collector:
     def __exit__(self, *exc: object) -> None:
         self.gradients.__exit__(*exc)
 
+    @contextmanager
+    def watching(self, names: Collection[str]) -> Iterator[None]:
+        """Within it, gradients of these modules alone are summed."""
+        before, self.gradients.watched = self.gradients.watched, frozenset(names)
+        try:
+            yield
+        finally:
+            self.gradients.watched = before
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Module name -> n, the number of its coordinates."""
+        return {name: tau.numel() for name, tau in self.patch.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where sums are kept: with the patch."""
+        return next(iter(self.patch.values())).device
+
+    def empty(self, part: Part) -> FisherSums:
+        """The sums of a part before the first batch."""
+        return part.empty(self.settings.samples)
+
+    def batches(self, part: Part) -> list[tuple[float, Batch]]:
+        """(t, batch) of every step of a part, on the model's device."""
+        device = input_device(self.model)
+        rows = list(batches(part.sequences, self.settings.batch_size, device, self.settings.row_length))
+        return [(t, batch) for t in part.points for batch in rows]
+
     def collect(
-        self, part: Part, saved: Progress | None = None, save: Save | None = None, bar: tqdm | None = None
+        self,
+        part: Part,
+        saved: Progress | None = None,
+        save: Save | None = None,
+        bar: tqdm | None = None,
+        numbers: Collection[int] | None = None,
     ) -> FisherSums:
         """Sums over the sequences of g gᵀ at θ_ft + tτ, one forward and one backward pass a batch and point.
 
@@ -151,6 +193,7 @@ class Collector:
             saved: Where an earlier run had come to; what it did is not done again.
             save: Called with the sums after every batch.
             bar: Told of every batch.
+            numbers: Which of the batches to sum over; None for all, and then the sums are checked.
 
         Returns:
             The sums; the same bits, however often it was interrupted.
@@ -158,22 +201,50 @@ class Collector:
         Raises:
             ValueError: A module got no gradient, or one that is not finite; names it.
         """
-        sums, done = (part.empty(self.settings.samples), 0) if saved is None else (saved.sums, saved.batches)
-        device = input_device(self.model)
-        rows = list(batches(part.sequences, self.settings.batch_size, device, self.settings.row_length))
-        todo = [(t, batch) for t in part.points for batch in rows]
+        sums, done = (self.empty(part), []) if saved is None else (saved.sums, list(saved.batches))
+        steps = self.batches(part)
+        wanted = [k for k in (range(len(steps)) if numbers is None else numbers) if k not in set(done)]
         at = None
-        for number, (t, batch) in enumerate(todo[done:], start=done + 1):
+        for number in wanted:
+            t, batch = steps[number]
             if t != at:
                 self._move_to(at := t)
             self._one_batch(batch, sums, part.points[t], part.sampled)
             sums.add_count(part.points[t], batch.weight)
+            done.append(number)
             if bar is not None:
                 bar.update()
             if save is not None:
-                save(sums, number)
-        _check_complete(sums, self.patch)
+                save(sums, done)
+        if numbers is None:
+            self.check(sums)
         return sums
+
+    def accompany(self, part: Part) -> None:
+        """One step of a part whose gradients are dropped: other ranks need this one's share of the parameters."""
+        t, batch = self.batches(part)[0]
+        self._move_to(t)
+        self._one_batch(batch, self.empty(part), part.points[t], part.sampled)
+
+    def check(self, sums: FisherSums) -> None:
+        """Raise unless every module was reached, by finite gradients.
+
+        Args:
+            sums: Of all batches.
+
+        Raises:
+            ValueError: One was not; names it.
+        """
+        for name in (name for name in self.patch if name in self.gradients.watched):
+            if name not in sums.first:
+                raise ValueError(
+                    f"no gradient reached module {name!r}: the model does not use it; train the adapters without it"
+                )
+            if not torch.isfinite(sums.first[name]).all():
+                raise ValueError(
+                    f"the gradients of module {name!r} are not finite: the base has NaN weights or overflows in its "
+                    "dtype; try --dtype float32 or bfloat16"
+                )
 
     def _move_to(self, t: float) -> None:
         """Put the model at θ_ft + tτ."""
@@ -205,20 +276,6 @@ class Collector:
             loss.backward(retain_graph=sample + 1 < samples)
 
 
-def _check_complete(sums: FisherSums, names: Iterable[str]) -> None:
-    """Every module was reached, by finite gradients."""
-    for name in names:
-        if name not in sums.first:
-            raise ValueError(
-                f"no gradient reached module {name!r}: the model does not use it; train the adapters without it"
-            )
-        if not torch.isfinite(sums.first[name]).all():
-            raise ValueError(
-                f"the gradients of module {name!r} are not finite: the base has NaN weights or overflows in its dtype; "
-                "try --dtype float32 or bfloat16"
-            )
-
-
 def collect_statistics(
     collector: Collector,
     harm: Sequence[Task],
@@ -242,16 +299,25 @@ def collect_statistics(
     """
     s = collector.settings
     parts = _parts(s, harm, benign)
-    totals = [len(p.points) * count_batches(p.sequences, s.batch_size, s.row_length) for p in parts.values()]
+    passes = max(1, s.groups)
+    totals = [passes * len(p.points) * count_batches(p.sequences, s.batch_size, s.row_length) for p in parts.values()]
     done = [
         0 if folder is None else folder.batches_done(p.name, total)
         for p, total in zip(parts.values(), totals, strict=True)
     ]
+    counts = (sum(numbers) // distributed.world() for numbers in (totals, done))
     sums = {}
-    with tqdm(total=sum(totals), initial=sum(done), unit="batch", leave=False) as bar:
+    with tqdm(
+        **dict(zip(("total", "initial"), counts, strict=True)),
+        unit="batch",
+        leave=False,
+        disable=not distributed.first(),
+    ) as bar:
         for key, part in parts.items():
             bar.set_description(title + part.name.replace("_", " "))
             sums[key] = _collect_part(collector, part, folder, bar)
+    for task in harm if s.points == (0.0,) else ():
+        sums["origin", task.name] = _local_origin(sums["harm", task.name], part_name("origin", task.name), folder)
     return mix_parts(sums, {"harm": {t.name: t.weight for t in harm}, "benign": {t.name: t.weight for t in benign}})
 
 
@@ -264,8 +330,9 @@ def _parts(s: CollectionSettings, harm: Sequence[Task], benign: Sequence[Task]) 
         ("benign", benign, "found", True, points, of_benign),
         ("harm_held", harm, "held", False, points, of_harm),
         ("benign_held", benign, "held", True, points, of_benign),
-        ("origin", harm, "found", False, {0.0: 1.0}, "gradient"),
     ]
+    if s.points != (0.0,):
+        wanted.append(("origin", harm, "found", False, {0.0: 1.0}, "gradient"))
     return {
         (field, task.name): Part(part_name(field, task.name), getattr(task, side), *how)
         for field, tasks, side, *how in wanted
@@ -273,10 +340,34 @@ def _parts(s: CollectionSettings, harm: Sequence[Task], benign: Sequence[Task]) 
     }
 
 
+def _local_origin(sums: FisherSums, part: str, folder: FisherFolder | None) -> FisherSums:
+    """Σ g at θ_ft over harmful sequences, which their local sums have."""
+    origin = FisherSums("gradient", first=dict(sums.first))
+    origin.take_counts(sums.counts)
+    if folder is not None and distributed.first():
+        folder.save(part, origin)
+    return origin
+
+
 def _collect_part(collector: Collector, part: Part, folder: FisherFolder | None, bar: tqdm) -> FisherSums:
-    """One part, from the folder as far as it is there."""
+    """One part, whole or group by group."""
+    count = 0 if folder is None else folder.groups(part.name, collector.settings.groups)
+    if count == 0:
+        return _collect_at_once(collector, part, folder, bar)
+    for name, group in zip(pieces(part.name, count), partition(collector.sizes, count), strict=True):
+        with collector.watching(group):
+            _collect_at_once(collector, replace(part, name=name), folder, bar)
+    distributed.meet()
+    return folder.load(part.name).sums
+
+
+def _collect_at_once(collector: Collector, part: Part, folder: FisherFolder | None, bar: tqdm) -> FisherSums:
+    """The sums of the modules that are watched, from the folder as far as they are there."""
+    if distributed.world() > 1:
+        return collect_together(collector, part, folder, bar)
     if folder is None:
         return collector.collect(part, bar=bar)
+    settle(folder, part.name, 1)
     saved = folder.load(part.name, part.empty(collector.settings.samples))
     if saved is not None and saved.complete:
         return saved.sums

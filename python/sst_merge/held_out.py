@@ -17,6 +17,7 @@ from sst_kernels.collect import CoreBasis, CoreGradients
 
 from .adapters import LowRank
 from .base import input_device
+from .distributed import of_first
 from .packing import Batch, batches
 from .problem import Problem
 from .tasks import Task
@@ -102,7 +103,7 @@ def measure(problem: Problem, merged: Sequence[Merged]) -> list[HeldOut]:
     """
     tasks = [(kind, task) for kind in ("benign", "harm") for task in problem.tasks[kind]]
     means = [_measure_task(problem, merged, kind, task) for kind, task in tasks]
-    return [_held_out(tasks, [of_model[i] for of_model in means]) for i in range(len(merged))]
+    return of_first([_held_out(tasks, [of_model[i] for of_model in means]) for i in range(len(merged))])
 
 
 def _held_out(tasks: Sequence[tuple[str, Task]], means: Sequence[Mapping[str, _Mean]]) -> HeldOut:

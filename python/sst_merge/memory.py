@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from sst_kernels.collect import CoreBasis
 
+from . import distributed
 from .base import model_bytes
 from .packing import make_rows
 from .pencils import ALL_PAIRS_UP_TO, ELEMENTS_AT_ONCE
@@ -47,11 +48,7 @@ def estimate_memory(
     tokens = max(sum(len(s.input_ids) for s in row) for row in rows) * calibration.batch_size
     sequences = max(len(row) for row in rows) * calibration.batch_size
     n = [basis.n for basis in bases.values()]
-    points, samples = len(problem.config.parameters.weighted_points[0]), problem.config.parameters.samples
-    gradients = {
-        kind: [points * (samples if kind == "benign" else 1) * len(part) for t in tasks for part in (t.found, t.held)]
-        for kind, tasks in problem.tasks.items()
-    }
+    gradients = _gradients(problem)
     shapes = [basis.core_shape for basis in bases.values()]
     kept = dict(zip(KINDS, representations, strict=True))
     entries = sum(_entries(kept[kind], shapes, count) for kind, counts in gradients.items() for count in counts)
@@ -66,9 +63,23 @@ def estimate_memory(
         "model": 0 if problem.live else model_bytes(problem.config, problem.skeleton, dtype),
         "activations": tokens * (17 * width * text.num_hidden_layers * text.hidden_size + 12 * text.vocab_size),
         "gradient rows": sequences * max(n) * 4,
-        "Fisher sums": max(4, width) * entries,
+        "Fisher sums": _width(problem) * entries,
         "directions": solved,
         "cores": 7 * 8 * sum(n),
+    }
+
+
+def _gradients(problem: Problem) -> dict[str, list[int]]:
+    """Keys "harm" and "benign" -> how many gradients are summed over in each part."""
+    parameters = problem.config.parameters
+    points = len(parameters.weighted_points[0])
+    return {
+        kind: [
+            points * (parameters.samples if kind == "benign" else 1) * len(part)
+            for task in tasks
+            for part in (task.found, task.held)
+        ]
+        for kind, tasks in problem.tasks.items()
     }
 
 
@@ -90,10 +101,14 @@ def available_memory(device: str) -> int:
     return psutil.virtual_memory().available
 
 
-def check_memory(
+def plan_memory(
     problem: Problem, bases: Mapping[str, CoreBasis], representations: tuple[str, str], coordinates: str
-) -> None:
-    """Print the estimate; refuse a collection that cannot fit.
+) -> int:
+    """Print the estimate; the number of groups of modules whose statistics are collected one after another.
+
+    Sums are kept until they are used where all fit. Otherwise those of a part that is done are left in the folder of
+    statistics, whose files the CPU maps as they are needed, and modules are collected in the fewest groups, each by its
+    own passes over the data, that fit beside the model.
 
     Args:
         problem: The merge problem.
@@ -101,27 +116,92 @@ def check_memory(
         representations: Of the Fishers of harmful and of benign data; see `sums.FisherSums`.
         coordinates: "core", "weight" or "factor"; only in the first is anything solved.
 
+    Returns:
+        Groups, as `partition` makes them by numbers of coordinates; 0 where everything fits at once.
+
     Raises:
-        ValueError: The estimate is over what is available.
+        ValueError: Not even one module at a time fits in what is available or in `memory`; says what would help.
     """
+    config = problem.config
     estimate = estimate_memory(problem, bases, representations, coordinates)
-    total, available = sum(estimate.values()), available_memory(problem.config.device)
+    total, limit = sum(estimate.values()), min(available_memory(config.device), config.memory_bytes)
     parts = ", ".join(f"{use} {_size(size)}" for use, size in estimate.items())
-    where = f"{_size(available)} available on {problem.config.device}"
-    tqdm.write(f"memory: about {_size(total)} of {where} ({parts})", file=sys.stderr)
-    if total > available:
-        largest = max(estimate, key=estimate.get)
-        advice = {
-            "model": "load it in a smaller dtype (--dtype bfloat16) or on a device with more memory",
-            "activations": "lower calibration.batch_size or calibration.max_length",
-            "gradient rows": "lower calibration.batch_size, or use core coordinates",
-            "Fisher sums": "use `fisher: kfac` or `diagonal`, or adapters of lower rank",
-            "directions": "use adapters of lower rank",
-            "cores": "use core coordinates",
-        }[largest]
-        raise ValueError(f"memory: {_size(total)} are needed, {_size(available)} are available; {largest}: {advice}")
+    where = f"{_size(limit)} {'available' if limit < config.memory_bytes else 'allowed'} on {config.device}"
+    _say(f"memory: about {_size(total)} of {where} ({parts})")
+    if total <= limit:
+        return 0
+    names, rows = list(bases), {kind: max(counts) for kind, counts in _gradients(problem).items()}
+    kept = dict(zip(KINDS, representations, strict=True))
+    sizes = {
+        name: _width(problem) * max(_entries(kept[kind], [basis.core_shape], rows[kind]) for kind in KINDS)
+        for name, basis in bases.items()
+    }
+    estimate |= {"Fisher sums": 0}
+    on_device = 0 if torch.device(config.device).type == "cpu" else total - sum(estimate.values())
+    collecting = {use: size for use, size in estimate.items() if use != "directions"}
+    solving = {use: size for use, size in estimate.items() if use not in ("activations", "gradient rows")}
+    solving["Fisher sums"] = on_device
+    for count in range(1, len(names) + 1):
+        groups = partition({name: basis.n for name, basis in bases.items()}, count)
+        collecting["Fisher sums"] = max(sum(sizes[name] for name in group) for group in groups)
+        needed = max(collecting, solving, key=lambda phase: sum(phase.values()))
+        if config.fisher_dir is not None and sum(needed.values()) <= limit:
+            _say(f"memory: {len(names)} modules in {count} groups, each by its own passes: {count} times the work")
+            return count
+    raise ValueError(_advice(needed, limit, config.fisher_dir is None))
 
 
-def _size(size: int) -> str:
+def partition(sizes: Mapping[str, int], count: int) -> tuple[tuple[str, ...], ...]:
+    """Consecutive groups of about equal size.
+
+    Args:
+        sizes: Name -> size.
+        count: How many groups, at most as many as names.
+
+    Returns:
+        The names, in their order; no group is empty.
+    """
+    names, groups = list(sizes), []
+    for left in range(count, 0, -1):
+        rest, size, take = sum(sizes[name] for name in names), 0, 0
+        while take < len(names) - left + 1 and (take == 0 or size + sizes[names[take]] / 2 <= rest / left):
+            size += sizes[names[take]]
+            take += 1
+        if left == 1:
+            take = len(names)
+        groups.append(tuple(names[:take]))
+        names = names[take:]
+    return tuple(groups)
+
+
+def _advice(needed: Mapping[str, int], limit: float, no_folder: bool) -> str:
+    """What does not fit, and what would help."""
+    largest = max(needed, key=needed.get)
+    advice = {
+        "model": "load it in a smaller dtype (--dtype bfloat16) or on a device with more memory",
+        "activations": "lower calibration.batch_size or calibration.max_length",
+        "gradient rows": "lower calibration.batch_size, or use core coordinates",
+        "Fisher sums": "use `fisher: kfac` or `diagonal`, or adapters of lower rank",
+        "directions": "use adapters of lower rank",
+        "cores": "use core coordinates",
+    }[largest]
+    if no_folder:
+        advice += "; with a folder of statistics (fisher_dir) sums could be collected in groups of modules"
+    total = sum(needed.values())
+    return f"memory: {_size(total)} are needed, {_size(limit)} are there; {largest}: {advice}"
+
+
+def _width(problem: Problem) -> int:
+    """Bytes of a number of the sums."""
+    return 8 if problem.dtype_name == "float64" else 4
+
+
+def _say(text: str) -> None:
+    """A line for the user, from one process."""
+    if distributed.first():
+        tqdm.write(text, file=sys.stderr)
+
+
+def _size(size: float) -> str:
     """Bytes in a unit that suits."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from . import distributed
 from .adapters import LowRank, write_files
 from .atomic import replace_dir
 from .calibration import write_generated
@@ -82,6 +83,7 @@ def merge(
     out. With `steps`, the first for θ_ft and one more collection for each further step of each strength.
     """
     config = load_config(config, **overrides)
+    config = replace(config, device=distributed.own_device(config.device))
     if merge_into_base:
         config = replace(config, output=replace(config.output, merge_into_base=True))
     if out is not None:
@@ -93,8 +95,8 @@ def merge(
             raise ValueError("out: a merge of full checkpoints is written as it is computed; name a folder")
         with _out_of_memory():
             return merge_full(config, out, overwrite=overwrite)
-    with _out_of_memory():
-        return _merge(config, out, overwrite, live)
+    with distributed.together(), _out_of_memory():
+        return _merge(config, out if distributed.first() else None, overwrite, live)
 
 
 def collect(config: str | Path | Mapping[str, Any] | Config, out: str | Path, **overrides: Any) -> Path:
@@ -115,7 +117,8 @@ def collect(config: str | Path | Mapping[str, Any] | Config, out: str | Path, **
     if not isinstance(config.parameters, FisherParameters):
         raise ValueError(f"merge_method {config.merge_method} uses no Fishers; there is nothing to collect")
     _refuse_inputs(Path(out), replace(config, fisher_dir=None))
-    with _out_of_memory():
+    config = replace(config, device=distributed.own_device(config.device))
+    with distributed.together(), _out_of_memory():
         if are_full(config):
             collect_full(config)
         else:

@@ -21,7 +21,7 @@ from .coordinates import core_basis, factor_gradients, to_core, weight_basis
 from .data import TokenSequence
 from .fingerprint import fingerprint, hash_cores
 from .fisher import CollectionSettings, Collector, collect_statistics
-from .memory import check_memory
+from .memory import plan_memory
 from .packing import check_packing
 from .settings import ROLES, Config, FisherParameters
 from .store import STEP_NAME, FisherFolder, serves
@@ -268,10 +268,10 @@ class Problem:
         folder = self._fisher_folder(parameters, patch if coordinates == "core" else {}, place)
         if folder is not None and folder.complete:
             return folder.statistics(self.weights)
-        check_memory(self, {name: bases[name] for name in patch}, representations, coordinates)
+        groups = plan_memory(self, {name: bases[name] for name in patch}, representations, coordinates)
         if self.config.calibration.packing:
             check_packing(self.model, self.model_config.vocab_size)
-        settings = _collection_settings(parameters, self.config)
+        settings = replace(_collection_settings(parameters, self.config), groups=groups)
         title = "" if place is None else f"step {place.step + 1}, "
         pullback = self._to_factors if coordinates == "factor" else None
         with Collector(self.model, bases, origin, patch, settings, pullback) as collector:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -230,6 +232,8 @@ class Config:
         download: Let the model library reach the network for `base_model`.
         fisher_dir: Folder of statistics: used if they are there, gone on with if they are there in part, else written.
         tune: Choose ε, shrinkage, k or μ, and α on the held-out sequences; see `tune`.
+        memory: What the estimate of a process' memory on `device` may come to: 20GiB, 500MB, or bytes; null is what is
+            available. Statistics that do not fit are collected in groups of modules, each by its own passes.
     """
 
     base_model: str
@@ -247,6 +251,18 @@ class Config:
     download: bool = False
     fisher_dir: str | None = None
     tune: bool = False
+    memory: str | int | None = None
+
+    @property
+    def memory_bytes(self) -> float:
+        """`memory` in bytes, infinite where there is none; ValueError if it is no size."""
+        if self.memory is None:
+            return math.inf
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]i?)?B?\s*", str(self.memory))
+        if found is None:
+            raise ValueError(f"memory: expected a size such as 20GiB, 500MB or a number of bytes, got {self.memory!r}")
+        number, unit = found.groups(default="")
+        return float(number) * (1024 if unit.endswith("i") else 1000) ** " KMGT".index(unit[:1] or " ")
 
     @property
     def alphas(self) -> tuple[float, ...]:

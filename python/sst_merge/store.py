@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import atomic
+from . import atomic, distributed
 from .data import TokenSequence
 from .mixture import KINDS, mix_parts, part_name
+from .part_files import PIECES, begun_pieces, shares
 from .sums import FisherSums, Statistics
 
 FINGERPRINT_NAME = "fisher.json"
@@ -47,6 +48,13 @@ def serves(known: Sequence[str], wanted: Sequence[str]) -> bool:
 
 
 _LEFT = (".*.new", ".tmp*")  # by a process that was killed while it wrote: our names, and safetensors' own
+_BESIDE = (
+    ANSWERS_NAME.format(kind="*", digest="*"),
+    STEP_NAME.format(step="*", digest="*"),
+    *(f"{part}-*.safetensors" for part in PARTS),
+    *PIECES,
+    *_LEFT,
+)
 _SAME_PATCH = 1e-4  # relative to the largest core: rounding is far below, another basis far above
 
 
@@ -56,12 +64,12 @@ class Progress:
 
     Attributes:
         sums: What is there.
-        batches: How many batches, over all points, are in it.
+        batches: The numbers of the batches, over all points, that are in it; none where it is complete.
         complete: Whether that is all of them.
     """
 
     sums: FisherSums
-    batches: int
+    batches: Collection[int]
     complete: bool
 
 
@@ -90,17 +98,13 @@ class FisherFolder:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self._waited, self._saved_at, self._took = 0, time.monotonic(), 0.0
         _refuse_foreign(self.path)
-        if self._has_begun:
+        if self._begun:
             wanted, self.fingerprint = self.fingerprint, read_fingerprint(self.path)
             _check_same(self.path, self.fingerprint, wanted, complete=self.complete)
             self._check_patch()
-        for left in (left for pattern in _LEFT for left in self.path.glob(pattern)):
-            left.unlink()
-
-    @property
-    def _has_begun(self) -> bool:
-        """Whether a part has been saved."""
-        return any(any(self.path.glob(f"{part}{end}.safetensors")) for part in PARTS for end in ("", "-*"))
+        if distributed.first():
+            for left in (left for pattern in _LEFT for left in self.path.glob(pattern)):
+                left.unlink()
 
     def _check_patch(self) -> None:
         """ValueError if the statistics are in other coordinates than the patch is here."""
@@ -128,21 +132,51 @@ class FisherFolder:
     @property
     def complete(self) -> bool:
         """Whether every part is there to its end."""
-        parts = [part_name(field, task) for field, kind in KINDS.items() for task in self.tasks[kind]]
-        return all(self._file(part).is_file() and self._metadata(part)["complete"] for part in parts)
+        return all(
+            self._is_complete(part_name(field, task)) for field, kind in KINDS.items() for task in self.tasks[kind]
+        )
+
+    def _is_complete(self, part: str) -> bool:
+        """Whether a part is there to its end, in one file or in those of all its groups."""
+        names = begun_pieces(self.path, part) or [part]
+        return all(self._file(name).is_file() and self._metadata(name)["complete"] for name in names)
 
     def batches_done(self, part: str, total: int) -> int:
         """How many of the `total` batches of a part are in what is there of it."""
-        if not self._file(part).is_file():
+        if self._is_complete(part):
+            return total
+        done = self.batches(part)
+        return done if isinstance(done, int) else len(done)
+
+    def groups(self, part: str, wanted: int) -> int:
+        """In how many groups of modules a part is gone on with: those it was begun in, if they are as small.
+
+        Args:
+            part: Its name, from `part_name`.
+            wanted: How many groups memory asks for, 0 if sums need not be left in the folder.
+
+        Returns:
+            The number; 0 if the part is there to its end.
+
+        Raises:
+            ValueError: It was begun in fewer groups.
+        """
+        if self._is_complete(part):
             return 0
-        metadata = self._metadata(part)
-        return total if metadata["complete"] else metadata["batches"]
+        whole = self._file(part).is_file() or bool(shares(self.path, part))
+        begun = len(begun_pieces(self.path, part)) or int(whole)
+        if 0 < begun < wanted:
+            raise ValueError(
+                f"Fisher folder: {part} was begun in groups of modules, {begun} in number, and memory now asks for "
+                f"{wanted}: give it more, or remove {self.path}"
+            )
+        return begun if begun > 1 else wanted
 
     def load(self, part: str, sums: FisherSums | None = None) -> Progress | None:
         """What is there of a part.
 
         Args:
-            part: Its name, from `part_name`.
+            part: Its name, from `part_name`, or that of a `share` or group of it.
             sums: Empty sums with room for all rows; None for a part that is complete.
 
         Returns:
@@ -153,7 +187,7 @@ class FisherFolder:
         """
         file = self._file(part)
         if not file.is_file():
-            return None
+            return self._load_pieces(part)
         metadata = self._metadata(part)
         if metadata["complete"] and not metadata["count"] > 0:
             raise ValueError(f"Fisher folder: {file} sums over {metadata['count']} sequences; collect it again")
@@ -162,7 +196,18 @@ class FisherFolder:
         sums = FisherSums(metadata["representation"]) if sums is None else sums
         count = metadata["count"]  # alone in folders from before there were weights
         sums.load(loaded, (count, metadata.get("sequences", count), metadata.get("squares", count)))
-        return Progress(sums, metadata["batches"], metadata["complete"])
+        batches = metadata["batches"]
+        return Progress(sums, range(batches) if isinstance(batches, int) else batches, metadata["complete"])
+
+    def _load_pieces(self, part: str) -> Progress | None:
+        """A part that was collected in groups, once all are there."""
+        pieces = begun_pieces(self.path, part)
+        if not pieces or not self._is_complete(part):
+            return None
+        loaded = [self.load(piece).sums for piece in pieces]
+        sums = FisherSums(loaded[0].representation)
+        sums.load({key: tensor for each in loaded for key, tensor in each.tensors().items()}, loaded[0].counts)
+        return Progress(sums, (), True)
 
     def statistics(self, weights: Mapping[str, Mapping[str, float]] | None = None) -> Statistics:
         """All parts of a complete collection.
@@ -193,13 +238,13 @@ class FisherFolder:
             )
         return metadata
 
-    def save_now_and_then(self, part: str, sums: FisherSums, batches: int) -> None:
+    def save_now_and_then(self, part: str, sums: FisherSums, batches: Collection[int]) -> None:
         """Save a part after a batch, if `SAVE_EVERY` batches have come and saving is not a tenth of the work.
 
         Args:
-            part: Its name.
+            part: Its name, or that of a `share` of it.
             sums: So far.
-            batches: How many batches are in them.
+            batches: The numbers of the batches in them.
         """
         self._waited += 1
         now = time.monotonic()
@@ -209,13 +254,13 @@ class FisherFolder:
         self._waited, self._saved_at = 0, time.monotonic()
         self._took = self._saved_at - now
 
-    def save(self, part: str, sums: FisherSums, batches: int | None = None) -> None:
+    def save(self, part: str, sums: FisherSums, batches: Collection[int] | None = None) -> None:
         """Replace the file of a part.
 
         Args:
-            part: Its name.
+            part: Its name, or that of a `share` of it.
             sums: So far.
-            batches: How many batches are in them; None when complete.
+            batches: The numbers of the batches in them; None when complete.
 
         Raises:
             OSError: It cannot be written (disk full, …); the earlier file stays.
@@ -225,18 +270,37 @@ class FisherFolder:
             "count": sums.count,
             "sequences": sums.sequences,
             "squares": sums.squares,
-            "batches": batches or 0,
+            "batches": _counted(batches or ()),
             "complete": batches is None,
             "run": _digest(self.fingerprint),
         }
+        whole, _, share = part.rpartition(".")
+        if share.startswith("rank"):
+            metadata["after"] = self.batches(whole)
         tensors = {key: tensor.contiguous() for key, tensor in sums.tensors().items()}
-        self._begin()
+        self.begin()
         with atomic.replace_file(self._file(part)) as fresh:
             atomic.save_tensors(fresh, tensors, {"sst_merge": json.dumps(metadata)})
 
-    def _begin(self) -> None:
+    def after(self, share: str) -> int | list[int]:
+        """What `batches` said of the part when a share of it was begun."""
+        return self._metadata(share)["after"]
+
+    def batches(self, part: str) -> int | list[int]:
+        """Which batches are in a part's file: how many, the first ones, or their numbers; -1 for all."""
+        if not self._file(part).is_file():
+            return 0
+        metadata = self._metadata(part)
+        return -1 if metadata["complete"] else metadata["batches"]
+
+    @property
+    def _begun(self) -> bool:
+        """Whether there is any sum."""
+        return any(any(self.path.glob(f"{part}{end}.safetensors")) for part in PARTS for end in ("", ".*", "-*"))
+
+    def begin(self) -> None:
         """Make the folder, before the first part is saved."""
-        if self._has_begun:
+        if self._begun:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         if self.patch:
@@ -245,16 +309,18 @@ class FisherFolder:
         atomic.write_text(self.path / FINGERPRINT_NAME, json.dumps(self.fingerprint, indent=1) + "\n")
 
 
+def _counted(batches: Collection[int]) -> int | list[int]:
+    """Numbers of batches as JSON: how many, where they are the first ones."""
+    numbers = sorted(batches)
+    return len(numbers) if numbers == list(range(len(numbers))) else numbers
+
+
 def _refuse_foreign(path: Path) -> None:
     """ValueError if a folder exists and holds anything but statistics."""
     if not path.exists():
         return
     ours = {FINGERPRINT_NAME, PATCH_NAME, *(f"{part}.safetensors" for part in PARTS)}
-    patterns = *_LEFT, ANSWERS_NAME.format(kind="*", digest="*"), STEP_NAME.format(step="*", digest="*")
-    patterns += tuple(f"{part}-*.safetensors" for part in PARTS)
-    if not path.is_dir() or any(
-        file.name not in ours and not any(map(file.match, patterns)) for file in path.iterdir()
-    ):
+    if not path.is_dir() or any(file.name not in ours and not any(map(file.match, _BESIDE)) for file in path.iterdir()):
         raise ValueError(f"Fisher folder: {path} exists and holds other things; name a new or empty folder")
 
 

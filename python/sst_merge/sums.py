@@ -87,6 +87,15 @@ class FisherSums:
         self.sequences += weight * len(importance)
         self.squares += weight * float(importance.square().sum())
 
+    @property
+    def counts(self) -> tuple[float, float, float]:
+        """`count`, `sequences` and `squares`."""
+        return self.count, self.sequences, self.squares
+
+    def take_counts(self, counts: Sequence[float]) -> None:
+        """Set `count`, `sequences` and `squares`."""
+        self.count, self.sequences, self.squares = counts
+
     def take(self, name: str, gradients: TokenGradients, weight: float, importance: Tensor | None = None) -> None:
         """Σ ← Σ + w (what one backward pass shows of a module, each sequence ω times), in place.
 
@@ -288,8 +297,7 @@ class FisherSums:
             )
         capacity = None if None in (self.capacity, other.capacity) else self.capacity + other.capacity
         total = FisherSums(self.representation, capacity)
-        for number in ("count", "sequences", "squares"):
-            setattr(total, number, getattr(self, number) + getattr(other, number))
+        total.take_counts([mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)])
         for name in self.first:
             total.first[name] = self.first[name] + other.first[name]
             if total.keeps_rows(len(total.first[name])):
@@ -347,15 +355,15 @@ class FisherSums:
             tensors: By flat keys; moved nowhere, kept as they are.
             counts: `count`, `sequences` and `squares` so far.
         """
-        self.count, self.sequences, self.squares = counts
+        self.take_counts(counts)
         factors: dict[tuple[str, str], dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             if kind in ("rows", "weights"):
                 self.capacity = max(self.capacity or 0, len(tensor))
-                whole = tensor.new_zeros(self.capacity, *tensor.shape[1:])
-                whole[: len(tensor)] = tensor
-                getattr(self, kind)[name], self.filled[name] = whole, len(tensor)
+                room = tensor.new_zeros(self.capacity - len(tensor), *tensor.shape[1:])
+                getattr(self, kind)[name] = torch.cat([tensor, room]) if len(room) else tensor
+                self.filled[name] = len(tensor)
             elif kind in APPROXIMATIONS:
                 part, _, name = name.partition("/")
                 factors.setdefault((kind, name), {})[part] = tensor

@@ -133,9 +133,10 @@ def test_importance_weights_against_dense_gradients(representation, count):
     model, (bases, origin, patch) = make_model(), make_problem()
     sequences = make_sequences([5, 9, 3, 6, 7, 4, 5, 6, 8][:count])
     weighted = [replace(s, weight=w) for s, w in zip(sequences, [2.0, 0.5, 1.0, 3.0, *[1.0] * 5], strict=False)]
-    settings = CollectionSettings(representation=representation, batch_size=3)
+    settings = CollectionSettings(batch_size=3)
     points = {0.0: 0.25, 0.5: 0.75}
-    sums = collect(model, bases, origin, patch, settings, weighted, sampled=False, points=points)
+    given = {"sampled": False, "points": points, "representation": representation}
+    sums = collect(model, bases, origin, patch, settings, weighted, **given)
     total = sum(s.weight for s in weighted)
     assert (sums.count, sums.sequences) == (total, count)
     assert sums.effective == pytest.approx(total**2 / sum(s.weight**2 for s in weighted))
