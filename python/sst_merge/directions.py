@@ -27,7 +27,7 @@ class Directions:
 
     Attributes:
         names: The modules whose coordinates follow one another: one, or with "gram" all.
-        values: (m,), λ descending; m = n, or with "gram" the number of λ > 0.
+        values: (m,), λ descending; m = n, or fewer: the leading ones, where A is of low rank all of λ > 0 (`pencils`).
         vectors: (n, m), V with VᵀBV = I.
         coefficients: (m,), c = VᵀBφ of the patch.
         gain_full: φᵀAφ of the whole patch.

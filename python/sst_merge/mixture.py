@@ -63,14 +63,15 @@ class Mixture:
         if representation == "diagonal":
             return Diagonal(self.diagonal_of(name))
         if representation in ("exact", "gram"):
-            return Gram(self.joint_rows([name]), self.count) if self.has_rows(name) else Dense(self.fisher(name))
+            return Gram(self.joint_rows([name]), self.count) if self.row_count(name) else Dense(self.fisher(name))
         return Sum(
             [Scaled(sums.operator(name, representation), self.weights[task]) for task, sums in self.tasks.items()]
         )
 
-    def has_rows(self, name: str) -> bool:
-        """Whether every task keeps the rows of a module."""
-        return all(sums.has_rows(name) for sums in self.tasks.values())
+    def row_count(self, name: str) -> int:
+        """How many rows of a module are kept; 0 unless every task keeps them."""
+        counts = [sums.row_count(name) for sums in self.tasks.values()]
+        return sum(counts) if all(counts) else 0
 
     def sampling_variance(self, names: Sequence[str]) -> Tensor:
         """Σ_ij Var(F_ij) and Σ_i Var(F_ii), (2,): Σ_t w_t² times the tasks' own, which are independent."""

@@ -1,8 +1,8 @@
 r"""The pencils A v = λ B v, A = F_harm, B = F_benign + γI, in whatever form either Fisher has, and their solution.
 
 Up to `ALL_PAIRS_UP_TO` coordinates a module's pencil is solved for all its n pairs, in batches of equal n: diagonal
-pencils by their quotients, others as matrices. Beyond, and over all modules at once ("gram" on either side), A and B
-are never formed. They are
+pencils by their quotients, others as matrices. Beyond, where an exact F_harm has n/2 rows at most, and over all modules
+at once ("gram" on either side), A and B are never formed. They are
 
     A = J_hᵀJ_h + D_h,   B = J_bᵀJ_b + D_b,
 
@@ -100,12 +100,22 @@ def solve_pencils(
         yield _solve_unformed(ALL_MODULES, statistics, patch, forms, gamma)
         return
     closed = all(form.representation == "diagonal" for form in forms)
-    small = {name: tau for name, tau in patch.items() if closed or tau.numel() <= ALL_PAIRS_UP_TO}
+    unformed = {
+        name
+        for name, tau in patch.items()
+        if not closed and (tau.numel() > ALL_PAIRS_UP_TO or _few_rows(statistics.harm, name, tau.numel(), forms[0]))
+    }
+    small = {name: tau for name, tau in patch.items() if name not in unformed}
     for group in _batches_of_equal_n(small):
         yield from _solve_batch(statistics, {name: patch[name] for name in group}, forms, gamma)
     for name, tau in patch.items():
-        if name not in small:
+        if name in unformed:
             yield _solve_unformed(name, statistics, {name: tau}, forms, gamma)
+
+
+def _few_rows(harm: FisherSums | Mixture, name: str, n: int, form: FisherForm) -> bool:
+    """Whether F_harm of a module is of so low a rank that its directions are had for less from its rows."""
+    return form.representation == "exact" and form.shrinkage == 0 and 0 < 2 * harm.row_count(name) <= n
 
 
 def _batches_of_equal_n(patch: Mapping[str, Tensor]) -> Iterator[list[str]]:
@@ -240,7 +250,7 @@ def _unformed(sums: FisherSums | Mixture, patch: Mapping[str, Tensor], form: Fis
     """(1−s)F + s·T of several modules: rows where they are kept for all together or for the one, else blocks."""
     names, shapes = list(patch), [tuple(tau.shape) for tau in patch.values()]
     together = form.representation == "gram" or (len(names) == 1 and form.representation == "exact")
-    if not together or not all(map(sums.has_rows, names)):
+    if not together or not all(map(sums.row_count, names)):
         parts = [_module_fisher(sums, name, form, shape) for name, shape in zip(names, shapes, strict=True)]
         return _Unformed(None, [operator for operator, _ in parts], sum(s for _, s in parts) / len(parts))
     rows = sums.joint_rows(names) / math.sqrt(sums.count)

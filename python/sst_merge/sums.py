@@ -274,9 +274,9 @@ class FisherSums:
             return torch.full_like(second, math.inf)
         return (self._fourth_of(names) / self.count - second).clamp_min(0) / (self.effective - 1)
 
-    def has_rows(self, name: str) -> bool:
-        """Whether the rows of a module are kept."""
-        return name in self.rows
+    def row_count(self, name: str) -> int:
+        """How many rows of a module are kept; 0 where its matrix or less is."""
+        return len(self.rows.get(name, ()))
 
     def merged(self, other: FisherSums) -> FisherSums:
         """The sums over the sequences of both; neither is changed.
@@ -383,7 +383,7 @@ def squared_norms(sums: FisherSums | Mixture, names: Sequence[str]) -> Tensor:
     Returns:
         The two; from rows without F.
     """
-    if not all(map(sums.has_rows, names)):
+    if not all(map(sums.row_count, names)):
         fisher = sums.fisher(names[0])
         return torch.stack([fisher.square().sum(), fisher.diagonal().square().sum()])
     rows = sums.joint_rows(names)

@@ -156,9 +156,9 @@ def test_a_mixture_in_every_form_is_the_weighted_sum_of_its_tasks(form):
         torch.testing.assert_close(mixture.operator(name, form).to_dense(), expected)
 
 
-def token_sums(representation: str, cores, inputs, scale: float = 1.0) -> FisherSums:
+def token_sums(representation: str, cores, inputs, scale: float = 1.0, matrices: bool = False) -> FisherSums:
     """Sums over sequences of tokens that are given: (S, T, r_out) and (S, T, r_in) for each module."""
-    sums = FisherSums(representation, capacity=len(next(iter(cores.values()))))
+    sums = FisherSums(representation, capacity=None if matrices else len(next(iter(cores.values()))))
     for name, grads in cores.items():
         count, length, _ = grads.shape
         ends = torch.arange(0, count * length + 1, length)
@@ -183,8 +183,11 @@ SHAPES = {"a": (3, 4), "b": (2, 3), "c": (4, 3)}  # 30 coordinates together
 FORMS = ("exact", "gram", "diagonal", "kfac", "ekfac")
 
 
-def make_statistics(harm: str = "gram", benign: str = "gram", sequences: int = 16):
-    """Statistics of random tokens, three a sequence, kept as the two collections that are named, and a patch."""
+def make_statistics(harm: str = "gram", benign: str = "gram", sequences: int = 16, matrices: bool = False):
+    """Statistics of random tokens, three a sequence, kept as the two collections that are named, and a patch.
+
+    Exact ones keep matrices, or rows where there are fewer of them.
+    """
     g = torch.Generator().manual_seed(2)
 
     def draw(*shape):
@@ -194,7 +197,7 @@ def make_statistics(harm: str = "gram", benign: str = "gram", sequences: int = 1
         spread = {r: torch.logspace(0, -1, r, dtype=torch.float64) for r in (2, 3, 4)}
         grads = {n: draw(sequences, 3, r) * spread[r] for n, (r, _) in SHAPES.items()}
         inputs = {n: (draw(sequences, 3, c) + 0.5) * spread[c] for n, (_, c) in SHAPES.items()}
-        return token_sums(representation, grads, inputs, scale)
+        return token_sums(representation, grads, inputs, scale, matrices)
 
     parts = [sums(2.0, harm), sums(1.0, benign), sums(2.0, harm), sums(1.0, benign), sums(3.0, "gradient")]
     return Statistics(*parts), {n: draw(*shape) for n, shape in SHAPES.items()}
@@ -260,7 +263,7 @@ def check_against_scipy(statistics, patch, settings, a, b) -> None:
 
 
 @pytest.mark.parametrize("shrinkage", [0.0, 0.3])
-@pytest.mark.parametrize(("harm", "benign"), itertools.product(FORMS, FORMS))
+@pytest.mark.parametrize(("harm", "benign"), list(itertools.product(FORMS, FORMS)))
 def test_every_mix_of_forms_is_its_dense_pencil(harm, benign, shrinkage):
     kept = tuple("gram" if form == "gram" else "exact" for form in (harm, benign))
     full, patch = make_statistics()  # the same numbers, whatever is kept
@@ -317,6 +320,24 @@ def test_a_large_module_with_few_rows_has_the_directions_of_its_rows(monkeypatch
     assert {name: len(d.values) for name, d in directions.items()} == {"a": 5, "b": 6, "c": 5}
     a, b = dense_fisher(full.harm, "exact"), dense_fisher(full.benign, "kfac")
     check_against_scipy(statistics, patch, settings, a, b)
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"k": 3}, {"k": 0.4}, {"k": 6, "scope": "global"}, {"select": "soft", "mu": 0.7}], ids=str
+)
+@pytest.mark.parametrize("benign", ["exact", "kfac"])
+def test_few_rows_and_their_matrix_give_one_merge(benign, parameters):
+    """5 sequences in 12 coordinates: λ > 0 from 5 × 5 problems, or all 12 pairs of a matrix; k counts the same n."""
+    settings = SstParameters(fisher={"harm": "exact", "benign": benign}, damping=0.2, **parameters)
+    merged, counts = [], []
+    for matrices in (False, True):
+        statistics, patch = make_statistics("exact", "exact", sequences=5, matrices=matrices)
+        directions, _ = find_directions(statistics, patch, settings)
+        merged.append(filtered_cores(directions, kept_coefficients(directions, settings, 1.0), patch))
+        counts.append({name: len(d.values) for name, d in directions.items()})
+    assert counts == [{"a": 5, "b": 6, "c": 5}, {"a": 12, "b": 6, "c": 12}]
+    for name in patch:
+        torch.testing.assert_close(*(cores[name] for cores in merged), rtol=1e-7, atol=1e-9)
 
 
 def test_large_diagonal_pencils_keep_their_closed_form(monkeypatch):

@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import _checked, _nearest, _refuse_unknown, _section, config_from_tree, read_tree
+from ..config import config_from_tree, read_tree, section
+from ..config_values import checked, nearest, refuse_unknown
 from ..method_settings import METHOD_PARAMETERS
 from ..settings import Config, SstParameters
 from .axes import WORDS, Axes, Scale
@@ -136,12 +137,12 @@ def _settings(given: Any, folder: Path) -> CompareSettings:
     """The section, checked."""
     if not isinstance(given, Mapping):
         raise ValueError(f"compare: expected a mapping, got {type(given).__name__}")
-    _refuse_unknown(given, {f.name for f in fields(CompareSettings)}, "compare")
+    refuse_unknown(given, {f.name for f in fields(CompareSettings)}, "compare")
     plain = {}
     for key in ("alphas", "seeds", "confidence"):
         if key in given:
             kind = str(CompareSettings.__dataclass_fields__[key].type)
-            plain[key] = _checked(key, given[key], kind)
+            plain[key] = checked(key, given[key], kind)
     if len(set(alphas := plain.get("alphas", ALPHAS))) < len(alphas):
         raise ValueError(f"compare.alphas: every strength may be given once, got {list(alphas)}")
     if bad := [alpha for alpha in alphas if not 0 < alpha <= 10]:
@@ -173,7 +174,7 @@ def _named(label: Any) -> Variant:
     if label in METHOD_PARAMETERS:
         return Variant(label)
     known = {**METHOD_PARAMETERS, **VARIANTS}
-    raise ValueError(f"compare.methods: unknown method {label!r}{_nearest(label, known)}")
+    raise ValueError(f"compare.methods: unknown method {label!r}{nearest(label, known)}")
 
 
 def _variant(label: str, entry: Any) -> Variant:
@@ -183,10 +184,10 @@ def _variant(label: str, entry: Any) -> Variant:
     if not isinstance(entry, Mapping):
         raise ValueError(f"compare.methods ({label}): expected {{merge_method, parameters, tune}}, got {entry!r}")
     where = f"compare.methods ({label})"
-    _refuse_unknown(entry, {f.name for f in fields(Variant)}, where)
+    refuse_unknown(entry, {f.name for f in fields(Variant)}, where)
     method, parameters, tune = entry.get("merge_method"), entry.get("parameters") or {}, entry.get("tune", False)
     if method not in METHOD_PARAMETERS:
-        raise ValueError(f"{where}: unknown method {method!r}{_nearest(method, METHOD_PARAMETERS)}")
+        raise ValueError(f"{where}: unknown method {method!r}{nearest(method, METHOD_PARAMETERS)}")
     if not isinstance(parameters, Mapping):
         raise ValueError(f"{where}: parameters must be a mapping, got {parameters!r}")
     if taken := sorted({"alpha", "seed"} & parameters.keys()):
@@ -208,7 +209,7 @@ def _evaluator(name: str, entry: Any, folder: Path) -> Evaluator:
     where = f"compare.evaluators ({name})"
     if not isinstance(entry, Mapping) or entry.get("kind") not in KINDS:
         kind = entry.get("kind") if isinstance(entry, Mapping) else entry
-        raise ValueError(f"{where}: unknown kind {kind!r}{_nearest(kind, KINDS)}")
+        raise ValueError(f"{where}: unknown kind {kind!r}{nearest(kind, KINDS)}")
     if "." in name:
         raise ValueError(f"{where}: a name has no point; name.key is what a mapping of several values gives")
     rest = {key: value for key, value in entry.items() if key != "kind"}
@@ -224,7 +225,7 @@ def _build(kind: type, name: str, rest: dict[str, Any], where: str) -> Evaluator
     patterns = rest.pop("patterns", None) if kind is Refusal else None
     if "name" in rest:
         raise ValueError(f"{where}: unknown key 'name'; an evaluator's name is its key")
-    evaluator = _section(kind, {**rest, "name": name}, where)
+    evaluator = section(kind, {**rest, "name": name}, where)
     given = {} if patterns is None else {"patterns": patterns}
     if patterns is not None and not (isinstance(patterns, tuple) and patterns):
         raise ValueError(f"{where}: patterns must be a list of regular expressions, got {patterns!r}")
@@ -273,12 +274,12 @@ def _axes(given: Any, evaluators: Mapping[str, Evaluator]) -> Axes:
         return Axes(**sides)
     if not isinstance(given, Mapping) or not all(isinstance(axis, Mapping) and axis for axis in given.values()):
         raise ValueError(f"compare.axes: expected {{safety: {{name: scale}}, utility: {{name: scale}}}}, got {given!r}")
-    _refuse_unknown(given, ("safety", "utility"), "compare.axes")
+    refuse_unknown(given, ("safety", "utility"), "compare.axes")
     if missing := [side for side in ("safety", "utility") if side not in given]:
         raise ValueError(f"compare.axes lacks `{missing[0]}`")
     for name in (name for axis in given.values() for name in axis):
         if str(name).partition(".")[0] not in evaluators:
-            raise ValueError(f"compare.axes: no evaluator is named {name!r}{_nearest(name, evaluators)}")
+            raise ValueError(f"compare.axes: no evaluator is named {name!r}{nearest(name, evaluators)}")
     if both := sorted(set(given["safety"]) & set(given["utility"])):
         raise ValueError(f"compare.axes: {both[0]!r} is on both axes; leave it on one")
     return Axes(*({n: _scale(n, s) for n, s in given[side].items()} for side in ("safety", "utility")))
@@ -294,5 +295,5 @@ def _scale(name: str, scale: Any) -> Scale:
         return float(scale[0]), float(scale[1])
     raise ValueError(
         f"compare.axes ({name}): a scale is one of {', '.join(words)}, or two different numbers [worst, best], got "
-        f"{scale!r}{_nearest(scale, words) if isinstance(scale, str) else ''}"
+        f"{scale!r}{nearest(scale, words) if isinstance(scale, str) else ''}"
     )
