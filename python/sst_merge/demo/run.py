@@ -15,6 +15,7 @@ import yaml
 
 from .. import atomic
 from ..compare import CompareSettings, Replicate, run_compare
+from ..compare.variants import VARIANTS
 from ..compare.verdict import verdict
 from ..config import load_config
 from ..merging import merge
@@ -22,7 +23,25 @@ from .evaluate import AXES, WorldEvaluator
 from .train import DemoModels, train_models
 from .world import World, make_world, write_jsonl
 
-SETTINGS = CompareSettings(axes=AXES)
+METHODS = (
+    "task arithmetic",
+    "interpolation",
+    "TIES, density 0.5",
+    "DELLA, p 0.3",
+    "Iso-C",
+    "KnOTS-TIES",
+    "gradient matching",
+    "SafeMERGE",
+    "diagonal SST, weights, hard, path",
+    "data-free SST-V, hard",
+    "SST exact",
+    "SST exact, a quarter",
+    "SST K-FAC",
+    "SST exact, tuned",
+)
+"""One or two of each kind, so that the demo takes minutes; `sst-merge compare` takes all of `compare.variants`."""
+
+SETTINGS = CompareSettings({label: VARIANTS[label] for label in METHODS}, (0.6, 0.8, 1.0, 1.25, 1.6), axes=AXES)
 
 
 def run_demo(out: str | Path, seeds: int = 1) -> None:
