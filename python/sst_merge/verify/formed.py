@@ -97,11 +97,14 @@ def sides(
         gamma: γ.
 
     Returns:
-        A, B, and checks of what they are shrunk towards and by; None where a module alone is too large to be formed.
+        A, B, and checks of what they are shrunk towards and by; None where a module alone is too large to be formed, or
+        all together are and A is not one of rows alone.
     """
     cores = {name: patch[name] for name in d.names}
     given = [(getattr(statistics, kind), parameters.form(kind)) for kind in KINDS]
-    if not all(_can_be_formed(sums, cores, form) for sums, form in given):
+    if not all(_can_be_formed(sums, cores, form) for sums, form in given) or not (
+        sum(tau.numel() for tau in cores.values()) <= FORMED_UP_TO or _is_rows_alone(*given[0], cores)
+    ):
         return None
     (a, first), (b, second) = (_side(sums, cores, form, s) for (sums, form), s in zip(given, d.shrinkage, strict=True))
     damped = [gamma * torch.ones_like(tau, dtype=torch.float64).flatten() for tau in cores.values()]
@@ -115,6 +118,11 @@ def _in_rows(sums: FisherSums | Mixture, cores: Mapping[str, Tensor], form: Fish
         return True
     alone = len(cores) == 1 and form.representation == "exact" and all(map(sums.has_rows, cores))
     return alone and sum(tau.numel() for tau in cores.values()) > FORMED_UP_TO
+
+
+def _is_rows_alone(sums: FisherSums | Mixture, form: FisherForm, cores: Mapping[str, Tensor]) -> bool:
+    """Whether the matrix is RᵀR."""
+    return form.shrinkage == 0 and _in_rows(sums, cores, form)
 
 
 def _can_be_formed(sums: FisherSums | Mixture, cores: Mapping[str, Tensor], form: FisherForm) -> bool:

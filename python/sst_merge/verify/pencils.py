@@ -48,7 +48,7 @@ def solved(
     vectors, restricted = d.vectors, len(phi) > FORMED_UP_TO
     if not restricted:
         a, b = a.dense(), b.dense()
-    elif a.blocks is not None or len(a.rows) + len(b.rows) >= FORMED_UP_TO:
+    elif len(a.rows) + len(b.rows) >= FORMED_UP_TO:
         return None, checks
     else:
         columns = torch.cat([b.solve_blocks(a.rows.mT), b.solve_blocks(b.rows.mT), phi[:, None]], 1)
