@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,44 +14,15 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+from verified_runs import QUICK, broken, merged, theory
 
 from sst_merge import load_config
 from sst_merge.cli import main
-from sst_merge.picture import Picture
 from sst_merge.problem import Problem
-from sst_merge.verify import planted, quadratic
+from sst_merge.verify import quadratic
 from sst_merge.verify import run as verify_run
 
-QUICK = ["--alphas", "0.0625", "0.125", "0.25", "0.5", "--challengers", "4"]
-
-
-DRAWN = "test_a_run_is_verified_and_left_as_it_was"  # the one test that looks at pictures, which take seconds
-
-
-@pytest.fixture(autouse=True)
-def two_planted_and_no_pictures(monkeypatch, request):
-    """The planted pencils have tests of their own."""
-    if request.node.name != DRAWN:
-        monkeypatch.setattr(Picture, "png", lambda picture: b"")
-        monkeypatch.setattr(Picture, "svg", lambda picture: "<svg></svg>")
-    every = planted.pencils
-
-    def few(rng: torch.Generator) -> Iterator[planted.Planted]:
-        yield from list(every(rng))[:2]
-
-    monkeypatch.setattr(planted, "pencils", few)
-
-
-def merged(setup, tmp_path: Path, method: str = "sst", **parameters) -> Path:
-    """A finished run."""
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(setup.config(method, **parameters)))
-    assert main(["merge", str(path), "--out", str(tmp_path / "run")]) == 0
-    return tmp_path / "run"
-
-
-def theory(run: Path) -> dict:
-    return json.loads((run.parent / f"{run.name}.verify/theory.json").read_text())
+pytestmark = pytest.mark.usefixtures("two_planted_and_no_pictures")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -64,10 +34,6 @@ def edit(file: Path, change) -> None:
     with safe_open(file, framework="pt") as source:
         metadata, tensors = source.metadata(), {key: source.get_tensor(key) for key in source.keys()}  # noqa: SIM118
     save_file({key: change(tensor).contiguous() for key, tensor in tensors.items()}, file, metadata=metadata)
-
-
-def broken(tree: dict) -> set[str]:
-    return {row["claim"] for row in tree["claims"] if row["passed"] is False}
 
 
 def test_a_run_is_verified_and_left_as_it_was(setup, tmp_path, capsys):
@@ -82,7 +48,7 @@ def test_a_run_is_verified_and_left_as_it_was(setup, tmp_path, capsys):
     every = {"T1", "T2", "T3", "T4", "T5", "T6", "pencil", "pairs", "inertia", "solvers", "planted", "record", "run"}
     assert claims == every | {"limit", "2-D"}
     modules = {row["checked"] for row in found["claims"] if row["claim"] == "record"}
-    assert modules == {4}  # v_proj and down_proj of two layers: the safety adapter's
+    assert modules == {1, 4}  # γ and s are the run's; v_proj and down_proj of two layers: the safety adapter's
     page = (folder / "theory.md").read_text()
     assert {f"{name}.png" for name in ("margins", "two_dimensions", "quadratic_kl", "quadratic_refusal")} < set(
         contents(folder)

@@ -87,7 +87,19 @@ def _of_projector(s: Solved, p: Tensor, where: str) -> list[Check]:
 def _of(values: Tensor, coefficients: Tensor, settings: SstParameters) -> Tensor:
     """Coefficients that the selection of the merge keeps of one pencil's patch."""
     m, none = len(values), torch.zeros_like(values)
-    one = Directions((), values, values.new_zeros(0, m), coefficients, 0.0, 0.0, none, none, none, "")
+    one = Directions(
+        names=(),
+        values=values,
+        vectors=values.new_zeros(0, m),
+        coefficients=coefficients,
+        gain_full=0.0,
+        cost_full=0.0,
+        gradient=none,
+        ray_held=none,
+        damping_share=none,
+        shrinkage=(0.0, 0.0),
+        status="",
+    )
     return kept_coefficients({"": one}, settings, alpha=1.0)[""]
 
 

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from ..directions import Directions
-from ..held_out import measure
+from ..held_out import HeldOut, measure
 from ..problem import Curvature, Problem
 from ..select import filtered_cores
 from .quadratic import moved, stored_quadratic
@@ -63,7 +63,7 @@ def order(
         {
             "step": name,
             "ray": sum(float((directions[label].values * x.square()).sum()) for label, x in s.items()) / cost,
-            "measured_gain": m.refusal_change**2 + len(problem.calibration["harm"][1]) * (m.refusal_error or 0) ** 2,
+            "measured_gain": _second_moment(problem, m),
             "predicted_kl": stored_quadratic(curvature, directions, phi) / 2,
             "measured_kl": m.kl,
             "measured_kl_se": m.kl_error,
@@ -80,6 +80,19 @@ def order(
         "correlation_gain": _correlation(rows, "measured_gain"),
         "correlation_change": _correlation(rows, "measured_refusal"),
     }
+
+
+def _second_moment(problem: Problem, measured: HeldOut) -> float:
+    """Σ_t w_t E(Δ log p)² over harmful tasks: of each its mean and, N_eff times its standard error, its spread."""
+    of_harm = [row for row in measured.tasks if row["kind"] == "harm"]  # those that have names
+    rows = {row["task"]: (row["measured_refusal"], row["measured_refusal_se"]) for row in of_harm}
+    total = 0.0
+    for task in problem.tasks["harm"]:
+        mean, error = rows.get(task.name, (measured.refusal_change, measured.refusal_error))
+        weights = [sequence.weight for sequence in task.held]
+        effective = sum(weights) ** 2 / sum(w**2 for w in weights)
+        total += task.weight * (mean**2 + effective * (error or 0) ** 2)
+    return total
 
 
 def _correlation(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -11,7 +11,7 @@ Fishers, which also give gᵀφ of the refusals. All modules are moved at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sst_kernels.collect import CoreGradients
+from sst_kernels.collect import CoreGradients, TokenGradients
 
 from ..base import input_device
 from ..coordinates import from_core
@@ -53,19 +53,30 @@ class Slopes:
         second: φᵀFφ of the sequence, E(gᵀφ)² over labels, by differences, (N,).
         coarse: The same with twice the step.
         variance: Of (gᵀφ)² over drawn labels, (N,).
-        positions: Mean number of loss-bearing positions.
+        weights: u = w_t ω / Σω over task t, (N,): Σ u x is the mean of `held_out.measure`.
+        positions: Numbers of loss-bearing positions, (N,).
     """
 
     slope: Tensor
     second: Tensor
     coarse: Tensor
     variance: Tensor
-    positions: float
+    weights: Tensor
+    positions: Tensor
+
+    def mean(self, x: Tensor) -> float:
+        """Σ u x over sequences, for x (N,) or (N, samples); over samples the plain mean."""
+        return float(self.weights @ (x if x.ndim == 1 else x.mean(1)))
 
     @property
     def error(self) -> float:
         """Standard error of the mean of (gᵀφ)² over drawn labels."""
-        return float((self.variance / self.slope.shape[1]).sum()) ** 0.5 / len(self.slope)
+        return self.mean(self.weights * self.variance / self.slope.shape[1]) ** 0.5
+
+    @property
+    def rounding(self) -> float:
+        """Of a mean of sums of log p over positions."""
+        return _ROUNDING * self.mean(self.positions.sqrt())
 
 
 def slopes(problem: Problem, origin: Cores, phi: Cores, kind: str, seed: int) -> Slopes:
@@ -85,20 +96,27 @@ def slopes(problem: Problem, origin: Cores, phi: Cores, kind: str, seed: int) ->
     """
     drawn = seed if kind == "benign" else None
     bases = {name: problem.bases[name] for name in origin}
-    found, positions = [], 0
+    found = []
     with CoreGradients(problem.model, bases, watched=phi.keys()) as gradients:
-        sequences = problem.calibration[kind][1]
-        for batch in batches(sequences, problem.config.calibration.batch_size, input_device(problem.model)):
+        for batch, weight in _weighted_batches(problem, kind):
             gradients.layout(batch.cu_seqlens, batch.attention_mask.flatten())
-            positions += int(batch.is_target[:, 1:].sum())
+            positions = batch.is_target[:, 1:].sum(1).double().cpu()
             second, fourth, squares = _moments(problem, gradients, batch, origin, phi, _STEP)
             coarse, *_ = _moments(problem, gradients, batch, origin, phi, 2 * _STEP)
             gradients.set_cores(origin)
             slope = _backward(problem, gradients, batch, phi, drawn)
             # (Σd)², d independent: E(Σd)⁴ = Σ m₄ + 3(Σ m₂)² − 3Σ m₂²
-            found.append((slope, second, coarse, (fourth + 2 * second.square() - 3 * squares).clamp(min=0)))
-    columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    return Slopes(*columns, positions=positions / len(columns[0]))
+            variance = (fourth + 2 * second.square() - 3 * squares).clamp(min=0)
+            found.append((slope, second, coarse, variance, weight, positions))
+    return Slopes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _weighted_batches(problem: Problem, kind: str) -> Iterator[tuple[Batch, Tensor]]:
+    """Held-out sequences of all tasks of a kind, and what each counts: w_t ω / Σω over its task."""
+    for task in problem.tasks[kind]:
+        total = sum(sequence.weight for sequence in task.held)
+        for batch in batches(task.held, problem.config.calibration.batch_size, input_device(problem.model)):
+            yield batch, task.weight * batch.weight / total
 
 
 def _backward(problem: Problem, gradients: CoreGradients, batch: Batch, phi: Cores, seed: int | None) -> Tensor:
@@ -108,8 +126,8 @@ def _backward(problem: Problem, gradients: CoreGradients, batch: Batch, phi: Cor
     for sample in range(samples):
         total = torch.zeros(len(batch.index), dtype=torch.float64)
 
-        def consume(name: str, rows: Tensor, total: Tensor = total) -> None:
-            total += (rows.double() @ phi[name].to(rows.device).flatten()).cpu()
+        def consume(name: str, tokens: TokenGradients, total: Tensor = total) -> None:
+            total += (tokens.rows().double() @ phi[name].to(tokens.device).flatten()).cpu()
 
         gradients.consume = consume
         value, logits = log_likelihood(problem.model, batch, seed, sample, logits)
@@ -185,11 +203,11 @@ def sweep(
             "measured_kl": m.kl,
             "measured_kl_se": m.kl_error,
             "predicted_kl": 0.5 * alpha**2 * stored,
-            "predicted_kl_at_ft": 0.5 * alpha**2 * float(benign.second.mean()),
+            "predicted_kl_at_ft": 0.5 * alpha**2 * benign.mean(benign.second),
             "measured_refusal": m.refusal_change,
             "measured_refusal_se": m.refusal_error,
             "predicted_refusal": alpha * slope,
-            "predicted_refusal_held": alpha * float(harm.slope.mean()),
+            "predicted_refusal_held": alpha * harm.mean(harm.slope),
         }
         for alpha, m in zip(alphas, measured, strict=True)
     ]
@@ -211,26 +229,26 @@ def _extrapolated(alphas: Sequence[float], quotients: Sequence[float], i: int) -
 
 def _limit_of_kl(rows: Sequence[Mapping[str, float]], zero: HeldOut, benign: Slopes) -> list[Check]:
     """KL/½α² → φᵀFφ, at the least α where KL is well above its rounding; and φᵀFφ by drawn labels."""
-    quadratic = float(benign.second.mean())
+    quadratic = benign.mean(benign.second)
     if not quadratic > 0:
         return []
     drawn = Check(
         "limit",
         "θ_ft",
         "E(gᵀφ)² = φᵀF_benign(θ_ft)φ, labels drawn",
-        -abs(float(benign.slope.square().mean()) - quadratic) / quadratic,
-        (_ERRORS * benign.error + abs(float(benign.coarse.mean()) - quadratic)) / quadratic,
+        -abs(benign.mean(benign.slope.square()) - quadratic) / quadratic,
+        (_ERRORS * benign.error + abs(benign.mean(benign.coarse) - quadratic)) / quadratic,
         f"{_ERRORS} standard errors of drawn labels, from their fourth moment, and what twice the step changes",
         limit=0.9,
     )
-    floor, rounding = abs(zero.kl), _ROUNDING * benign.positions**0.5
+    floor, rounding = abs(zero.kl), benign.rounding
     noise = [floor + 2 * (floor * abs(row["measured_kl"])) ** 0.5 + rounding for row in rows]
     clear = [i for i, row in enumerate(rows[:-1]) if not noise[i] > 0.05 * row["measured_kl"]]
     if not clear:
         return [drawn]
     alphas, i = [row["alpha"] for row in rows], clear[0]
     limit, bias = _extrapolated(alphas, [2 * row["measured_kl"] / row["alpha"] ** 2 for row in rows], i)
-    tolerance = bias + abs(float(benign.coarse.mean()) - quadratic) + 2 * noise[i] / alphas[i] ** 2
+    tolerance = bias + abs(benign.mean(benign.coarse) - quadratic) + 2 * noise[i] / alphas[i] ** 2
     kl = Check(
         "limit",
         f"α = {alphas[i]:g}",
@@ -245,8 +263,8 @@ def _limit_of_kl(rows: Sequence[Mapping[str, float]], zero: HeldOut, benign: Slo
 
 def _limit_of_refusal(rows: Sequence[Mapping[str, float]], zero: HeldOut, harm: Slopes) -> list[Check]:
     """Δ log p/α → ḡᵀφ, at the least α where the change is well above its rounding."""
-    noise = 4 * abs(zero.refusal_change) + _ROUNDING * (harm.positions**0.5 + abs(zero.refusal))
-    unit = float(harm.slope.abs().mean())
+    noise = 4 * abs(zero.refusal_change) + harm.rounding + _ROUNDING * abs(zero.refusal)
+    unit = harm.mean(harm.slope.abs())
     alphas = [row["alpha"] for row in rows]
     clear = [i for i, alpha in enumerate(alphas[:-1]) if not noise > 0.05 * alpha * unit]
     if not clear:
@@ -259,7 +277,7 @@ def _limit_of_refusal(rows: Sequence[Mapping[str, float]], zero: HeldOut, harm: 
             "limit",
             f"α = {alphas[i]:g}",
             "E Δ log p(refusal) / α → ḡᵀφ as α → 0",
-            -abs(limit - float(harm.slope.mean())) / unit,
+            -abs(limit - harm.mean(harm.slope)) / unit,
             tolerance / unit,
             "twice the change of the quotient, rounding of log p, and 10⁻³ for a float32 backward pass",
             limit=0.9,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..config import load_config
 from ..directions import Directions, find_directions
 from ..fingerprint import fingerprint
 from ..methods import sst_plan
+from ..pencils import named
 from ..problem import Problem
 from ..rendering import render_markdown
 from ..select import filtered_cores
@@ -28,6 +29,7 @@ from . import certificates, extremal, filters, pencils, planted
 from .checks import Check, failures, summarise
 from .counterexample import counterexample
 from .figures import figures
+from .formed import FORMED_UP_TO, damping
 from .order import order
 from .quadratic import holds, sweep
 from .solved import Solved
@@ -186,20 +188,43 @@ def _of_run(
             f"T2, T3, T4, T6, inertia and other solvers were tried on {len(thorough)} of {len(labels)} pencils, evenly "
             "spaced; all else on all"
         )
-    checks = []
+    own_gamma = damping(curvature.statistics, curvature.patch, parameters)
+    checks = pencils.shared(report, directions, own_gamma, sum(tau.numel() for tau in curvature.patch.values()))
+    unformed = []
     for label in tqdm(labels, desc="pencils of the run", leave=False):
         d = directions[label]
-        s, restricted = pencils.solved(curvature.statistics, d, curvature.patch, parameters, gamma)
-        checks += restricted + pencils.recorded(report, label, d, s)
+        s, made = pencils.solved(curvature.statistics, d, curvature.patch, parameters, own_gamma)
+        checks += made + pencils.recorded(report, label, d, s)
+        if s is None:
+            unformed.append(label)
+            continue
         checks += _claims(s, tree, rng, settings.challengers, label in thorough)
         if parameters.select != "signed":  # no filter of the patch
             checks += filters.of_run(s, d.coefficients, kept[label])
         tree["pencils"] += 1
+    tree["notes"] += _left_out(unformed, parameters)
     checks += _all_modules(directions, rng, settings.challengers)
     if config.calibration is None:
         tree["notes"].append("the run has no calibration data: nothing was measured on the model")
         return checks
     return checks + _on_the_model(tree, problem, curvature, directions, (kept, alpha), rng, settings)
+
+
+def _left_out(unformed: Sequence[str], parameters: SstParameters) -> list[str]:
+    """What was not checked of a run, if anything."""
+    notes = []
+    if unformed:
+        notes.append(
+            f"{len(unformed)} pencils, first that of {named(unformed[0])}, have more than {FORMED_UP_TO} coordinates "
+            "and no smaller space that holds all their gain: they were not formed, and of their directions only the "
+            "record, and T5 over what was found, were checked"
+        )
+    if parameters.steps > 1:
+        notes.append(
+            f"the run took {parameters.steps} steps: pencils, filter and predictions are those of the first; the later "
+            "ones were not checked"
+        )
+    return notes
 
 
 def _all_modules(directions: Mapping[str, Directions], rng: torch.Generator, count: int) -> list[Check]:

@@ -39,7 +39,11 @@ HEADINGS = {
         "(A+μB)⁻¹Aτ = Σ λ_i/(λ_i+μ) c_i v_i minimises (φ−τ)ᵀA(φ−τ) + μφᵀBφ (`select: soft`), with "
         "N_μ = tr[A(A+μB)⁻¹] degrees of freedom.",
     ),
-    "pencil": ("The pencils", "A ⪰ 0 and B ≻ 0 are what the theorems ask for."),
+    "pencil": (
+        "The pencils",
+        "A ⪰ 0 and B ≻ 0 are what the theorems ask for. A and B are (1−s)F + s·T, formed from the sums of every task; "
+        "T and s are held against their definitions.",
+    ),
     "pairs": (
         "The pairs",
         "Av = λBv with VᵀBV = I. The norm of a residual is the one that bounds the error of λ: ‖L⁻¹r‖, B = LLᵀ.",
@@ -54,7 +58,10 @@ HEADINGS = {
         "spaces in the metric B.",
     ),
     "planted": ("Planted spectra", "Eigenvalues that are known before the pencil is solved."),
-    "record": ("The run's record", "What report.json says against pencils that are formed and solved anew."),
+    "record": (
+        "The run's record",
+        "What report.json says against pencils that are formed and solved anew, and against γ and s.",
+    ),
     "run": ("The run's filter", "Any filter that falls with λ raises gain per cost (Chebyshev's inequality for sums)."),
     "limit": (
         "The limit α → 0",
