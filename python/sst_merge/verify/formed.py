@@ -116,7 +116,7 @@ def _in_rows(sums: FisherSums | Mixture, cores: Mapping[str, Tensor], form: Fish
     """Whether F is one of rows: across modules, or of a single module too large for a matrix."""
     if form.representation == "gram":
         return True
-    alone = len(cores) == 1 and form.representation == "exact" and all(map(sums.has_rows, cores))
+    alone = len(cores) == 1 and form.representation == "exact" and all(map(sums.row_count, cores))
     return alone and sum(tau.numel() for tau in cores.values()) > FORMED_UP_TO
 
 
