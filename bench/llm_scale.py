@@ -42,7 +42,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import sst_merge.merging as merging
-import sst_merge.methods as methods
+import sst_merge.methods.sst as sst_method
 import sst_merge.problem as problem_module
 from harness import Limits, Row, interleaved, limits, parser, provenance
 from sst_kernels import Gram, LowRankPlusDiagonal, Pencil, solve
@@ -50,6 +50,7 @@ from sst_kernels.collect import CoreGradients
 from sst_merge.adapters import Adapter, LowRank, write_files
 from sst_merge.fisher import Collector, log_likelihood
 from sst_merge.merging import MergeResult, merge
+from sst_merge.methods import Plan
 from sst_merge.packing import batches
 from sst_merge.problem import Live, Problem
 from sst_merge.sums import FisherSums
@@ -171,9 +172,9 @@ class Stages:
         """Within it, the merge's stages are timed."""
         functions = (
             (problem_module, "core_basis", "bases"),
-            (Collector, "collect", lambda collector, part, *rest: f"collect {part.name}"),
-            (methods, "find_directions", "solve"),
-            (methods.Plan, "low_rank", "merge"),
+            (Collector, "collect", lambda collector, part, *rest, **options: f"collect {part.name}"),
+            (sst_method, "find_directions", "solve"),
+            (Plan, "low_rank", "merge"),
             (merging, "measure", "measure"),
             (merging, "build_report", "report"),
         )
