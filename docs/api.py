@@ -14,7 +14,7 @@ import sst_merge
 PAGES = [
     "sst_kernels",
     *(f"sst_kernels.{name}" for name in ("collect", "labels", "layers", "reference")),
-    *(f"sst_kernels.integrations.{name}" for name in ("transformers", "lightning")),
+    *(f"sst_kernels.integrations.{name}" for name in ("transformers", "lightning", "kronfluence")),
     "sst_merge",
     *(f"sst_merge.{name}" for name in ("settings", "config", "adapters", "coordinates", "data", "fisher", "sums")),
     *(f"sst_merge.{name}" for name in ("directions", "select", "tune", "held_out", "methods", "baselines", "merging")),
