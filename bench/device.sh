@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and measures on a machine with an NVIDIA GPU, from this repository alone:
 #
-#     bench/device.sh [build|test|sanitize|bench|solver|all] [--out DIR]        (default: all, device-out)
+#     bench/device.sh [build|test|sanitize|bench|solver|llm_scale|all] [--out DIR]        (default: all, device-out)
 #
 # Uses that machine's own python3 (with torch, scikit-build-core, pybind11, cmake, ninja, pytest and
 # what the tests import) and nvcc; needs no network. Each stage ends within 9 minutes and leaves
 # DIR/STAGE.log; the benchmarks leave JSON, and DIR/summary.json says how each stage went.
 set -euo pipefail
 
-stages="build test sanitize bench solver"
+stages="build test sanitize bench solver llm_scale"
 out=device-out
 while [ $# -gt 0 ]; do
   case $1 in
-    build | test | sanitize | bench | solver) stages=$1 ;;
+    build | test | sanitize | bench | solver | llm_scale) stages=$1 ;;
     all) ;;
     --out) out=${2:?--out needs a folder} && shift ;;
     *) sed -n '2,5p' "$0" >&2 && exit 2 ;;
@@ -66,7 +66,11 @@ stage_solver() {
   done
 }
 
-export -f stage_build stage_test stage_sanitize stage_bench stage_solver run_pytest
+stage_llm_scale() {
+  python3 "$root/bench/llm_scale.py" --device cuda --scale 1 --repeats 1 --out "$out/llm_scale.json"
+}
+
+export -f stage_build stage_test stage_sanitize stage_bench stage_solver stage_llm_scale run_pytest
 failed=0
 summary=
 for stage in $stages; do

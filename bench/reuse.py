@@ -20,6 +20,7 @@ from sst_merge.coordinates import core_basis, to_core
 from sst_merge.fisher import CollectionSettings, Collector, collect_statistics
 from sst_merge.store import FisherFolder
 from sst_merge.sums import Statistics
+from sst_merge.tasks import Task
 
 RUN = {"representation": "exact"}
 
@@ -32,7 +33,7 @@ def measure(case: Case, repeats: int, machine: Limits, device: torch.device) -> 
     origin, patch = ({name: to_core(bases[name], updates[name][i]) for name in updates} for i in range(2))
     settings = CollectionSettings((0.0,), (1.0,), batch_size=case.batch_size)
     collector, half = Collector(model, bases, origin, patch, settings), len(sequences) // 2
-    data = sequences[:half], sequences[half:]
+    data = [Task("", 1.0, sequences[:half], sequences[half:])]
 
     def gather(folder: FisherFolder | None = None) -> Statistics:
         with collector:

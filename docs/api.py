@@ -16,8 +16,9 @@ PAGES = [
     *(f"sst_kernels.{name}" for name in ("collect", "labels", "layers", "reference")),
     *(f"sst_kernels.integrations.{name}" for name in ("transformers", "lightning", "kronfluence")),
     "sst_merge",
-    *(f"sst_merge.{name}" for name in ("settings", "config", "adapters", "coordinates", "data", "fisher", "sums")),
-    *(f"sst_merge.{name}" for name in ("directions", "select", "tune", "held_out", "methods", "baselines", "merging")),
+    *(f"sst_merge.{name}" for name in ("settings", "method_settings", "config", "adapters", "coordinates", "data")),
+    *(f"sst_merge.{name}" for name in ("fisher", "sums", "shrinkage", "pencils", "directions", "select", "tune")),
+    *(f"sst_merge.{name}" for name in ("held_out", "methods", "baselines", "merging")),
     *(f"sst_merge.{name}" for name in ("store", "report", "rendering", "checkpoint", "cli")),
 ]
 

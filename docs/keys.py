@@ -8,7 +8,8 @@ from dataclasses import MISSING, fields
 
 import yaml
 
-from sst_merge.settings import METHOD_PARAMETERS, ROLES, AlphaParameters, Calibration, Config, ModelRef, Output
+from sst_merge.method_settings import METHOD_PARAMETERS
+from sst_merge.settings import ROLES, AlphaParameters, Calibration, Config, ModelRef, Output, TaskRef
 
 _HEAD = """\
 # Keys of the configuration
@@ -48,9 +49,15 @@ def page() -> str:
     """The whole page."""
     lines = [_HEAD, "## At the top", ""]
     lines += table(Config, without=(*ROLES, "parameters", "calibration", "output"))
-    lines += ["`models` is a list with an entry for each role: `model`, `role` and `parameters`.", ""]
+    lines += [
+        "`models` is a list with an entry for each role: `model`, `role` and `parameters`. `compare` is a section of",
+        "`sst-merge compare` alone; its keys are in [compare.md](compare.md).",
+        "",
+    ]
     lines += ["## `parameters` of an entry of `models`", "", *table(ModelRef, without=("model",))]
-    lines += ["## `calibration`", "", *table(Calibration), "## `output`", "", *table(Output)]
+    lines += ["## `calibration`", "", *table(Calibration)]
+    lines += ["### An entry of `harm` or `benign`, where that is a list", "", *table(TaskRef)]
+    lines += ["## `output`", "", *table(Output)]
     lines += ["## `parameters`", "", *table(AlphaParameters)]
     for kind in dict.fromkeys(c for m in METHOD_PARAMETERS.values() for c in reversed(m.__mro__) if c is not object):
         if kind is not AlphaParameters:

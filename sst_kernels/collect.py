@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .layer_factors import Rows, sum_dtype
 from .ops import khatri_rao_rows
 from .rows import fault, input_rows, output_of
 
@@ -93,23 +94,75 @@ class CoreBasis:
         return self.q_out.shape[1] * self.q_in.shape[1]
 
 
+@dataclass(frozen=True)
+class TokenGradients:
+    """One module's side of a backward pass: x̂_t and δ̂_t of every token; what is made of them is made when asked for.
+
+    Attributes:
+        inputs: x̂, (T, r_in), of the model's dtype.
+        grads: δ̂, (T, r_out), of the same.
+        cu_seqlens: (S+1,), int: sequence s holds the tokens cu_seqlens[s] to cu_seqlens[s+1].
+        weight: (T,), w, float32 or float64, or None for ones. Tokens of weight 0 may hold NaN.
+        device: Where results go.
+    """
+
+    inputs: Tensor
+    grads: Tensor
+    cu_seqlens: Tensor
+    weight: Tensor | None
+    device: torch.device
+
+    def rows(self) -> Tensor:
+        """Σ_{t∈s} w_t δ̂_t ⊗ x̂_t = ∂loss/∂vec(C) of each sequence s, row-major: (S, n), float32 or float64."""
+        return khatri_rao_rows(self.inputs, self.grads, self.cu_seqlens, self.weight).to(self.device)
+
+    def total(self, importance: Tensor | None = None) -> Tensor:
+        """Σ_s ω_s Σ_{t∈s} w_t δ̂_t ⊗ x̂_t over all sequences, (n,), float32 or float64; ω, (S,), is 1 unless given."""
+        ends, weight = self.cu_seqlens[[0, -1]], self.weight
+        if importance is not None:
+            share = self.by_token(importance).to(self.inputs.device, sum_dtype(self.inputs.dtype))
+            weight = share if weight is None else share * weight
+        return khatri_rao_rows(self.inputs, self.grads, ends, weight)[0].to(self.device)
+
+    def by_token(self, importance: Tensor) -> Tensor:
+        """ω of each token's sequence, (T,), from ω of the sequences, (S,); 0 for tokens of none."""
+        ends = self.cu_seqlens.to(importance.device)
+        share = importance.new_zeros(len(self.inputs))
+        share[int(ends[0]) : int(ends[-1])] = importance.repeat_interleave(ends.diff())
+        return share
+
+    @cached_property
+    def expanded(self) -> Rows:
+        """(x̂_t, δ̂_t) of each token, with weight w_t where it bears gradient, δ̂_t ≠ 0, and 0 elsewhere."""
+        bears = (self.grads != 0).any(1).to(sum_dtype(self.grads.dtype))
+        weight = bears if self.weight is None else bears * self.weight
+        return Rows(*(tensor.to(self.device) for tensor in (self.inputs, self.grads, weight)))
+
+    @cached_property
+    def reduced(self) -> Rows:
+        """(mean_t x̂_t, Σ_t δ̂_t) of each sequence, over its tokens that bear gradient; weight 1 if there are any."""
+        return self.expanded.reduced(self.cu_seqlens.to(self.device))
+
+
 class CoreGradients:
-    """Context manager: the model computes with its cores, and every backward pass hands out gradient rows.
+    """Context manager: the model computes with its cores, and every backward pass hands out its gradients.
 
     While it is entered, parameters of `model` require no gradient (restored at exit), and each call of
-    `loss.backward()` calls `consume(name, rows)` once per watched module, rows (S, n) = ∂loss/∂vec(C) for each of the
-    S sequences that `layout` described, in float32 (float64 for a float64 model). A backward pass may be repeated
-    (`retain_graph=True`): rows are handed out again. Gradient checkpointing changes nothing; its recomputation runs
-    the hooks, but gradients reach only one of the two graphs.
+    `loss.backward()` calls `consume(name, gradients)` once per watched module: x̂ and δ̂ of the tokens that `layout`
+    described, from which `gradients.rows()` are the (S, n) = ∂loss/∂vec(C) of its S sequences, in float32 (float64 for
+    a float64 model). A backward pass may be repeated (`retain_graph=True`): gradients are handed out again. Gradient
+    checkpointing changes nothing; its recomputation runs the hooks, but gradients reach only one of the two graphs.
 
     Args:
         model: Any module; its submodules named in `bases` must map (..., d_in) to (..., d_out), or be embeddings or
             Conv1d or Conv2d of one group, whose tokens are output positions. They may lie on several devices.
-        bases: Module name -> `CoreBasis`, all on one device: there rows are handed out. Every core starts as zero.
+        bases: Module name -> `CoreBasis`, all on one device: there results are handed out. Every core starts as zero.
         watched: Names of the modules whose gradients are gathered; the others only compute with their cores.
 
     Attributes:
-        consume: Called as `consume(name, rows)` during the backward pass; assign it before.
+        consume: Called as `consume(name, gradients)`, of `TokenGradients`, during the backward pass; assign it before.
+        observe: Called as `observe(name, rows)` in every forward pass, for every module, with the rows of its input
+            (`rows.input_rows`: (..., d_in), an embedding's indices (...)); None shows nothing.
 
     Raises:
         ValueError: The model has no module of that name, or it computes something else (`rows.fault`).
@@ -123,7 +176,8 @@ class CoreGradients:
             if reason := fault(modules[name]):
                 raise ValueError(f"bases: {name!r} is no linear map of its input's rows: {reason}; leave it out")
         self.model, self.bases, self.watched = model, bases, frozenset(watched)
-        self.consume: Callable[[str, Tensor], None] | None = None
+        self.consume: Callable[[str, TokenGradients], None] | None = None
+        self.observe: Callable[[str, Tensor], None] | None = None
         self._modules = {name: modules[name] for name in bases}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._frozen: list[nn.Parameter] = []
@@ -184,7 +238,9 @@ class CoreGradients:
         return self._cast[name]
 
     def _add_update(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """Y + (x Q_in) Cᵀ Q_outᵀ; where gradients are on, arrange for its row to be gathered."""
+        """Y + (x Q_in) Cᵀ Q_outᵀ; where gradients are on, arrange for its gradient to be gathered."""
+        if self.observe is not None:
+            self.observe(name, input_rows(module, args[0]))
         q_in, core, q_out = self._bases_like(name, output)
         x_hat = input_rows(module, args[0].to(output.device), q_in)
         z = x_hat @ core.mT
@@ -193,7 +249,7 @@ class CoreGradients:
         return output + output_of(module, z @ q_out.mT, output)
 
     def _gather(self, name: str, x_hat: Tensor, delta_hat: Tensor) -> None:
-        """rows[s] = Σ_{t∈s} w_t δ̂_t ⊗ x̂_t, given to `consume`."""
+        """X̂ and δ̂ of the tokens, given to `consume`."""
         x_hat, delta_hat = x_hat.flatten(0, -2), delta_hat.flatten(0, -2)
         if self._cu_seqlens is None or self.consume is None:
             raise RuntimeError("assign `consume` and call `layout(cu_seqlens, weight)` before the backward pass")
@@ -204,9 +260,9 @@ class CoreGradients:
             )
         device, weight = x_hat.device, self._weight
         if weight is not None:
-            weight = weight.to(device, torch.float64 if x_hat.dtype == torch.float64 else torch.float32)
-        rows = khatri_rao_rows(x_hat, delta_hat, self._cu_seqlens.to(device), weight)
-        self.consume(name, rows.to(self.bases[name].q_out.device))
+            weight = weight.to(device, sum_dtype(x_hat.dtype))
+        home = self.bases[name].q_out.device
+        self.consume(name, TokenGradients(x_hat, delta_hat, self._cu_seqlens.to(device), weight, home))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

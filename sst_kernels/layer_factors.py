@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from .ops import kron_accumulate_, syrk_accumulate_
+from .ops import khatri_rao_rows, kron_accumulate_, syrk_accumulate_
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,22 @@ class Rows:
         if self.weight is None:
             return replace(self, weight=ok.all().expand(len(ok)).to(sum_dtype(self.delta.dtype)))
         return replace(self, weight=self.weight * (ok | (self.weight == 0)).all())
+
+    def reduced(self, cu_seqlens: Tensor) -> Rows:
+        """(x̄_s, δ̄_s) = (Σ_t w_t x_t / Σ_t w_t, Σ_t w_t δ_t) of each sequence s; those without weight get weight 0.
+
+        Args:
+            cu_seqlens: (S+1,), int: sequence s holds the rows cu_seqlens[s] to cu_seqlens[s+1].
+
+        Returns:
+            Rows of the sums' dtype, with weight 1 for each sequence that has weight.
+        """
+        ones = self.delta.new_ones(len(self.delta), 1)
+        mass = khatri_rao_rows(ones, ones, cu_seqlens, self.weight)
+        x_sum = khatri_rao_rows(self.x, ones, cu_seqlens, self.weight)
+        delta_sum = khatri_rao_rows(self.delta, ones, cu_seqlens, self.weight)
+        present = mass != 0
+        return Rows(x_sum / mass.where(present, 1.0), delta_sum, present.squeeze(1).to(delta_sum.dtype))
 
 
 @dataclass

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from .collect import CoreBasis
 from .layer_factors import LayerSpec, Rows, sum_dtype
 from .layout import TokenLayout
-from .ops import khatri_rao_rows
 from .rows import convolution_fault, grad_rows, input_rows, unwrapped
 
 Modules = Collection[str] | str | Callable[[str, nn.Module], bool] | None
@@ -204,17 +203,7 @@ def gathered_rows(
     d = d.reshape(-1, d.shape[-1]).contiguous()
     x = x.reshape(-1) if embedding and basis is None else x.reshape(-1, x.shape[-1]).to(d.dtype).contiguous()
     rows = Rows(x, d, weight)
-    return reduced(rows, layout.boundaries(lead, d.device)) if reduce else rows
-
-
-def reduced(rows: Rows, cu_seqlens: Tensor) -> Rows:
-    """(x̄_s, δ̄_s) of each sequence s; sequences without weight get weight 0."""
-    ones = rows.delta.new_ones(len(rows.delta), 1)
-    mass = khatri_rao_rows(ones, ones, cu_seqlens, rows.weight)
-    x_sum = khatri_rao_rows(rows.x, ones, cu_seqlens, rows.weight)
-    delta_sum = khatri_rao_rows(rows.delta, ones, cu_seqlens, rows.weight)
-    present = mass != 0
-    return Rows(x_sum / mass.where(present, 1.0), delta_sum, present.squeeze(1).to(delta_sum.dtype))
+    return rows.reduced(layout.boundaries(lead, d.device)) if reduce else rows
 
 
 def partition(

@@ -23,7 +23,7 @@ import sst_kernels
 import sst_merge
 from sst_merge.cli import _parser, main
 from sst_merge.config import load_config
-from sst_merge.settings import METHOD_PARAMETERS
+from sst_merge.method_settings import METHOD_PARAMETERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -37,7 +37,7 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the pages name: base, adapters/utility, adapters/safety and calibration files."""
+    """A folder with what the pages name: base, adapters and models of both roles, and calibration files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(47))]
@@ -56,6 +56,12 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             if "lora_" in name:
                 parameter.data += 0.2 * torch.randn(parameter.shape)
         model.save_pretrained(f"adapters/{role}")
+        with torch.no_grad():
+            whole = AutoModelForCausalLM.from_pretrained("base")
+            for parameter in whole.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape)
+        whole.save_pretrained(f"models/{role}")
+        tokenizer.save_pretrained(f"models/{role}")
     for name in ("refusals", "answers", "more-refusals", "more-answers"):
         texts = [" ".join(f"w{i}" for i in torch.randint(47, (5,)).tolist()) for _ in range(16)]
         records = [

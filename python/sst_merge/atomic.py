@@ -18,14 +18,15 @@ OUTPUT_MARK = "sst_config.yaml"
 """A folder that holds this file is a merge's output; `overwrite` replaces no other kind."""
 
 
-def check_output_dir(target: str | Path, *, overwrite: bool = False) -> Path:
+def check_output_dir(target: str | Path, *, overwrite: bool = False, mark: str = OUTPUT_MARK) -> Path:
     """The real path of a folder that may be written: new or empty, or with `overwrite` an output.
 
     Call it before long work, so that the answer does not come after it.
 
     Args:
         target: The folder to write.
-        overwrite: Whether a folder that holds `OUTPUT_MARK` may be replaced.
+        overwrite: Whether a folder that holds `mark` may be replaced.
+        mark: Name of a file that every output of this kind holds.
 
     Returns:
         `target`, absolute, symbolic links resolved.
@@ -45,16 +46,16 @@ def check_output_dir(target: str | Path, *, overwrite: bool = False) -> Path:
             f"output folder: {target} exists and is not empty; "
             "pass --overwrite (overwrite=True) to replace it, or name another"
         )
-    if not (target / OUTPUT_MARK).exists():
+    if not (target / mark).exists():
         raise ValueError(
-            f"output folder: {target} holds no {OUTPUT_MARK}, so it is not "
-            "a merge's output and is not replaced; remove it yourself, or name another"
+            f"output folder: {target} holds no {mark}, so it is not an earlier output and is not replaced; "
+            "remove it yourself, or name another"
         )
     return target
 
 
 @contextmanager
-def replace_dir(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def replace_dir(target: str | Path, *, overwrite: bool = False, mark: str = OUTPUT_MARK) -> Iterator[Path]:
     """Give an empty folder beside `target` that takes its place when the block ends well.
 
     After any exception, KeyboardInterrupt included, `target` is as it was before. An old folder is
@@ -63,6 +64,7 @@ def replace_dir(target: str | Path, *, overwrite: bool = False) -> Iterator[Path
     Args:
         target: The folder to write; parents are made.
         overwrite: As for `check_output_dir`.
+        mark: As for `check_output_dir`.
 
     Yields:
         The folder to fill, on the same file system as `target`.
@@ -70,7 +72,7 @@ def replace_dir(target: str | Path, *, overwrite: bool = False) -> Iterator[Path
     Raises:
         ValueError: As for `check_output_dir`, on entry and again before the replacement.
     """
-    target = check_output_dir(target, overwrite=overwrite)
+    target = check_output_dir(target, overwrite=overwrite, mark=mark)
     made = [parent for parent in target.parents if not parent.exists()]  # innermost first
     _remove_left(target)
     token = f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -79,7 +81,7 @@ def replace_dir(target: str | Path, *, overwrite: bool = False) -> Iterator[Path
     try:
         _make(fresh, target)
         yield fresh
-        check_output_dir(target, overwrite=overwrite)
+        check_output_dir(target, overwrite=overwrite, mark=mark)
         if target.exists():
             target.rename(aside)
         fresh.rename(target)

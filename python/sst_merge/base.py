@@ -107,18 +107,24 @@ def weight_map(folder: Path) -> dict[str, str]:
         ValueError: There is neither, or one is damaged or names files elsewhere.
     """
     index = folder / INDEX_NAME
+    source = index if index.is_file() else folder / WEIGHTS_NAME
+    if not source.is_file():
+        raise ValueError(
+            f"base_model: {folder} must hold {WEIGHTS_NAME}, or shards with {INDEX_NAME}; save the base by "
+            "save_pretrained"
+        )
     try:
-        if index.is_file():
+        if source == index:
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             if outside := sorted({file for file in shards.values() if Path(file).name != file}):
                 raise ValueError(f"it names files of other folders: {outside}")
             return shards
-        with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+        with safe_open(source, "pt") as file:
             return dict.fromkeys(file.keys(), WEIGHTS_NAME)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
-            f"base_model: {folder} must hold {WEIGHTS_NAME}, or shards with {INDEX_NAME} ({error}); save the base by "
-            "save_pretrained"
+            f"base_model: {str(folder)!r} could not be loaded: {source.name} is damaged ({error}); fetch the base "
+            "again, or save it again by save_pretrained"
         ) from None
 
 

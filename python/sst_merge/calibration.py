@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sst_kernels.collect import CoreGradients
 
+from . import distributed
 from .data import (
     CONTENT_MASK,
     NO_LOSS,
     Example,
     TokenSequence,
     read_examples,
-    split_held_out,
     tokenize,
     tokenize_prompts,
 )
 from .fingerprint import hash_prompts
 from .generate import generate_answers
-from .settings import ROLES
+from .mixture import part_name
+from .settings import ROLES, TaskRef
 from .store import ANSWERS_NAME, load_answers, save_answers
+from .tasks import Task, split_held_out
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -30,44 +33,59 @@ if TYPE_CHECKING:
 ANSWERED_BY = {"harm": "safety", "benign": "utility"}
 
 
-def read_calibration(problem: Problem, kind: str) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """Sequences of one kind; what was left out, generated or repeated is remarked on.
+def read_tasks(problem: Problem, kind: str) -> tuple[Task, ...]:
+    """Sequences of every task of a kind; what was left out, generated or repeated is remarked on.
 
     Args:
         problem: The merge problem; its model generates answers.
         kind: "harm" or "benign".
 
     Returns:
-        (found, held-out) sequences.
+        The tasks, each with a held-out split of its own; a sequence that several tasks have is on one side in all.
 
     Raises:
-        ValueError: The file, its examples or its tokens do not do; names the file.
+        ValueError: A file, its examples or its tokens do not do; names the file.
     """
-    c, tokenizer = problem.config.calibration, problem.tokenizer
-    path = getattr(c, kind)
-    try:
-        examples = read_examples(path)
-        sequences = tokenize([e for e in examples if e.is_answered], tokenizer, c.max_length)
-        sequences += _answered(problem, kind, [e for e in examples if not e.is_answered])
-        if not sequences:
-            raise ValueError(
-                f"none of the {len(examples)} calibration examples has a token that bears loss within "
-                f"max_length={c.max_length} ({CONTENT_MASK}): add answers or raise max_length"
-            )
-        _check_tokens(problem, sequences)
-        _remark(problem, kind, examples, sequences)
-        return split_held_out(
-            sorted(sequences, key=lambda s: s.index), c.held_out, getattr(problem.config.parameters, "seed", 0)
+    c, tokenizer, tasks = problem.config.calibration, problem.tokenizer, []
+    seed = getattr(problem.config.parameters, "seed", 0)
+    decided: dict[tuple[int, ...], bool] = {}
+    for ref in c.tasks(kind):
+        try:
+            sequences = _read_sequences(problem, tokenizer, part_name(kind, ref.name), ref)
+            found, held = split_held_out(sequences, c.held_out, seed, decided)
+        except ValueError as error:
+            raise ValueError(f"calibration.{kind} ({ref.data}): {error}") from None
+        decided |= {tuple(s.input_ids): is_held for part, is_held in ((found, False), (held, True)) for s in part}
+        tasks.append(Task(ref.name, ref.weight, found, held))
+    return tuple(tasks)
+
+
+def _read_sequences(problem: Problem, tokenizer: Any, label: str, ref: TaskRef) -> list[TokenSequence]:
+    """Sequences of one task, in the order of its data."""
+    c = problem.config.calibration
+    given = read_examples(ref.data)
+    examples = [e for e in given if e.weight]
+    if not examples:
+        raise ValueError(f'all {len(given)} examples have "weight" 0; give some a weight above 0')
+    sequences = tokenize([e for e in examples if e.is_answered], tokenizer, c.max_length)
+    sequences += _answered(problem, label, [e for e in examples if not e.is_answered])
+    if not sequences:
+        raise ValueError(
+            f"none of the {len(examples)} calibration examples has a token that bears loss within "
+            f"max_length={c.max_length} ({CONTENT_MASK}): add answers or raise max_length"
         )
-    except ValueError as error:
-        raise ValueError(f"calibration.{kind} ({path}): {error}") from None
+    _check_tokens(problem, sequences)
+    if len(examples) < len(given):
+        problem.remarks.append(f"calibration.{label}: {len(given) - len(examples)} examples of weight 0 left out")
+    _remark(problem, label, examples, sequences)
+    return sorted(sequences, key=lambda s: s.index)
 
 
-def _answered(problem: Problem, kind: str, examples: Sequence[Example]) -> list[TokenSequence]:
+def _answered(problem: Problem, label: str, examples: Sequence[Example]) -> list[TokenSequence]:
     """Prompts with the answers of θ_0 + Δ_safety (harm) or θ_0 + Δ_utility (benign); those that got one."""
     if not examples:
         return []
-    c, role = problem.config.calibration, ANSWERED_BY[kind]
+    c, kind = problem.config.calibration, label.partition("-")[0]
     if c.max_new_tokens >= c.max_length:
         raise ValueError(
             f"{len(examples)} prompts have no answer, and one of max_new_tokens={c.max_new_tokens} leaves no room for "
@@ -76,15 +94,18 @@ def _answered(problem: Problem, kind: str, examples: Sequence[Example]) -> list[
     prompts = tokenize_prompts(examples, problem.tokenizer)
     fitting = [s for s in prompts if len(s.input_ids) + c.max_new_tokens <= c.max_length]
     answered = _stored_or_generated(problem, kind, fitting) if fitting else []
-    problem.generated[kind] = answered
+    problem.generated[label] = answered
     first = f"; the first: {_text(problem, answered[0])[:80]!r}" if answered else ""
     for count, what in (
         (len(prompts) - len(fitting), "prompts left out, no room for max_new_tokens within max_length"),
         (len(fitting) - len(answered), "prompts left out, the answer is empty"),
-        (len(answered), f"answers generated by the {role} model, greedily, up to {c.max_new_tokens} tokens{first}"),
+        (
+            len(answered),
+            f"answers generated by the {ANSWERED_BY[kind]} model, greedily, up to {c.max_new_tokens} tokens{first}",
+        ),
     ):
         if count:
-            problem.remarks.append(f"calibration.{kind}: {count} {what}")
+            problem.remarks.append(f"calibration.{label}: {count} {what}")
     return answered
 
 
@@ -92,12 +113,14 @@ def _stored_or_generated(problem: Problem, kind: str, prompts: Sequence[TokenSeq
     """The answers that are kept beside the statistics; else new ones, kept there."""
     role, folder = ANSWERED_BY[kind], problem.config.fisher_dir
     if folder is None:
-        return _generate(problem, role, prompts)
+        return distributed.of_first(_generate(problem, role, prompts))
     file = Path(folder, ANSWERS_NAME.format(kind=kind, digest=hash_prompts(problem, role, prompts)))
-    if file.is_file():
-        return load_answers(file)
-    answers = _generate(problem, role, prompts)
-    save_answers(file, answers)
+    if distributed.of_first(file.is_file()):
+        weights = {prompt.index: prompt.weight for prompt in prompts}
+        return [replace(answer, weight=weights[answer.index]) for answer in load_answers(file)]
+    answers = distributed.of_first(_generate(problem, role, prompts))
+    if distributed.first():
+        save_answers(file, answers)
     return answers
 
 
@@ -107,11 +130,18 @@ def _generate(problem: Problem, role: str, prompts: Sequence[TokenSequence]) -> 
     _check_tokens(problem, prompts, c.max_new_tokens)
     with CoreGradients(problem.model, problem.bases, watched=()) as update:
         update.set_cores({name: problem.cores(name)[ROLES.index(role)] for name in problem.names})
-        return generate_answers(problem.model, prompts, _stop(problem), c.max_new_tokens, c.batch_size)
+        return generate_answers(problem.model, prompts, stop_tokens(problem), c.max_new_tokens, c.batch_size)
 
 
-def _stop(problem: Problem) -> set[int]:
-    """Tokens that end an answer, by tokenizer and model."""
+def stop_tokens(problem: Problem) -> set[int]:
+    """Tokens that end an answer, by tokenizer and model.
+
+    Args:
+        problem: Holds both.
+
+    Returns:
+        Token ids.
+    """
     own = problem.model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), problem.tokenizer.eos_token_id}
     return {end for end in ends if end is not None and end < problem.model_config.vocab_size}
@@ -138,39 +168,40 @@ def _check_tokens(problem: Problem, sequences: Sequence[TokenSequence], added: i
         )
 
 
-def _remark(problem: Problem, kind: str, examples: Sequence[Example], sequences: Sequence[TokenSequence]) -> None:
+def _remark(problem: Problem, label: str, examples: Sequence[Example], sequences: Sequence[TokenSequence]) -> None:
     """Remarks on what was left out, and on repetition."""
     answered = sum(e.is_answered for e in examples)
-    left_out = answered - (len(sequences) - len(problem.generated.get(kind, ())))
+    left_out = answered - (len(sequences) - len(problem.generated.get(label, ())))
     if left_out:
         problem.remarks.append(
-            f"calibration.{kind}: {left_out} of {len(examples)} examples left out, no loss-bearing token within "
+            f"calibration.{label}: {left_out} of {len(examples)} examples left out, no loss-bearing token within "
             "max_length"
         )
     repeated = len(sequences) - len({tuple(s.input_ids) for s in sequences})
     if 10 * repeated > len(sequences):
         problem.remarks.append(
-            f"calibration.{kind}: {repeated} of {len(sequences)} sequences repeat another; they count again, and are "
+            f"calibration.{label}: {repeated} of {len(sequences)} sequences repeat another; they count again, and are "
             "held out together or not at all"
         )
 
 
 def write_generated(folder: Path, problem: Problem) -> None:
-    """Generated answers as calibration files of token ids, generated-harm.jsonl and generated-benign.jsonl.
+    """Generated answers as calibration files of token ids, generated-harm.jsonl (or generated-harm-TASK.jsonl), ….
 
     Args:
-        folder: Where to write; nothing is written for a kind whose examples all had answers.
+        folder: Where to write; nothing is written for a task whose examples all had answers.
         problem: The problem, solved.
     """
-    for kind, sequences in problem.generated.items():
+    for label, sequences in problem.generated.items():
         records = (
             {
                 "input_ids": s.input_ids,
                 "labels": [i if is_target else NO_LOSS for i, is_target in zip(s.input_ids, s.is_target, strict=True)],
                 "prompt": _text(problem, s, answer=False),
                 "answer": _text(problem, s),
+                **({} if s.weight == 1 else {"weight": s.weight}),
             }
             for s in sequences
         )
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        (folder / f"generated-{kind}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / f"generated-{label}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -96,8 +96,8 @@ class Checkpoint:
 
         Cost: reads and writes every file once; one shard and one changed tensor in memory.
         """
-        _copy_files(self.folder, folder)
-        self._write_config(folder)
+        copy_beside(self.folder, folder)
+        write_model_config(self.folder, folder, untied=self.untied)
         worst, added = 0.0, 0
         for shard in tqdm(sorted(set(self.shards.values())), desc="checkpoint", unit="file", leave=False):
             here = {name: place for name, place in self.places.items() if self.shards[place[1]] == shard}
@@ -142,15 +142,6 @@ class Checkpoint:
         error = float(torch.linalg.vector_norm((rounded.to(exact) - exact).double()))
         return rounded, error / size if size else 0.0
 
-    def _write_config(self, folder: Path) -> None:
-        """config.json, untied if need be."""
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        if self.untied:
-            config["tie_word_embeddings"] = False
-            if "tie_word_embeddings" in config.get("text_config", {}):
-                config["text_config"]["tie_word_embeddings"] = False
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
     def _write_index(self, folder: Path, added: int) -> None:
         """The index of the shards, if the base has one, with the tensors that untying added."""
         if not (self.folder / INDEX_NAME).is_file():
@@ -183,14 +174,35 @@ def _tied_groups(model: nn.Module) -> dict[str, list[str]]:
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
-def _copy_files(source: Path, folder: Path) -> None:
-    """Everything beside the weights that loading the model or its tokenizer can ask for."""
+def copy_beside(source: Path, folder: Path) -> None:
+    """Everything beside weights and config.json that loading a model or its tokenizer can ask for.
+
+    Args:
+        source: A checkpoint's folder.
+        folder: Existing; files are added or replaced.
+    """
     for pattern in BESIDE_WEIGHTS:
         for file in source.glob(pattern):
             if file.is_file() and file.name not in _LEFT_OUT:
                 shutil.copyfile(file, folder / file.name)
     if (templates := source / "additional_chat_templates").is_dir():
         shutil.copytree(templates, folder / templates.name)
+
+
+def write_model_config(source: Path, folder: Path, *, untied: bool) -> None:
+    """A checkpoint's config.json.
+
+    Args:
+        source: The folder whose config.json it is.
+        folder: Where to write.
+        untied: Whether input and output embeddings are stored each for itself from now on.
+    """
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if untied:
+        config["tie_word_embeddings"] = False
+        if "tie_word_embeddings" in config.get("text_config", {}):
+            config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def as_stored(module: nn.Module, delta: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""The command `sst-merge`: parses, calls, prints. Exit codes: 0 done, 2 an error the user can mend, 130 interrupted."""
+"""The command `sst-merge`: parses, calls, prints.
+
+Exit codes: 0 done, 1 a claim of the theory is broken (`verify`), 2 an error the user can mend, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sst-merge", description="Merge language-model adapters by Fisher curvature.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    merge = commands.add_parser("merge", help="merge two adapters as a YAML file says")
+    merge = commands.add_parser("merge", help="merge two adapters or checkpoints as a YAML file says")
     merge.add_argument("config", help="YAML file; its keys are in docs/keys.md")
-    merge.add_argument("--out", required=True, help="folder for the merged adapter and the report")
+    merge.add_argument("--out", required=True, help="folder for the merged adapter or checkpoint and the report")
     merge.add_argument("--device", help="cpu, cuda, cuda:1, …; replaces the file's")
     merge.add_argument("--dtype", help="float32, bfloat16, … in which the model runs; replaces the file's")
     merge.add_argument("--fisher", metavar="DIR", help="folder of statistics; used, finished or written (<out>.fisher)")
     merge.add_argument(
         "--tune", action="store_true", help="choose damping, shrinkage, k or mu, and alpha on held-out data"
     )
+    merge.add_argument("--memory", metavar="SIZE", help="20GiB, …: what may be taken; more is collected in groups")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     merge.add_argument(
         "--merge-into-base", action="store_true", help="write the merged model as a full checkpoint, not an adapter"
@@ -35,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     fisher.add_argument("--add", nargs="+", metavar="DIR", help="sum these folders, from different data, into --out")
     fisher.add_argument("--device", help="as for merge")
     fisher.add_argument("--dtype", help="as for merge")
+    fisher.add_argument("--memory", metavar="SIZE", help="as for merge")
     fisher.set_defaults(run=_fisher)
 
     inspect = commands.add_parser("inspect", help="say what is in an adapter and what a merge would cover")
@@ -48,6 +53,22 @@ def _parser() -> argparse.ArgumentParser:
     mergekit.add_argument("options", nargs=argparse.REMAINDER, help="mergekit-yaml's own options")
     mergekit.set_defaults(run=_mergekit)
 
+    verify = commands.add_parser("verify", help="check the theory on the pencils of a run, and on planted ones")
+    verify.add_argument("folder", nargs="?", metavar="RUN", help="output folder of merge; none: planted pencils only")
+    verify.add_argument("--out", help="folder for theory.md and theory.json (<RUN>.verify, or planted.verify)")
+    verify.add_argument("--fisher", metavar="DIR", help="the run's statistics, if they were moved; none are collected")
+    verify.add_argument("--alphas", nargs="+", type=float, metavar="α", help="strengths to measure (2⁻⁶ … 2)")
+    verify.add_argument("--seed", type=int, default=0, help="of challengers and drawn labels (default: 0)")
+    verify.add_argument("--challengers", type=int, default=64, help="of each kind, per claim and pencil (default: 64)")
+    verify.set_defaults(run=_verify)
+    compare = commands.add_parser("compare", help="merge by all methods, measure every merge, say which is best")
+    compare.add_argument("config", help="YAML file of a merge with a section `compare`; docs/compare.md has one")
+    compare.add_argument("--out", required=True, help="folder for the report; measured rows are kept in <out>.work")
+    compare.add_argument("--device", help="as for merge")
+    compare.add_argument("--dtype", help="as for merge")
+    compare.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    compare.set_defaults(run=_compare)
+
     demo = commands.add_parser("demo", help="train a small model, merge by every method, measure, report")
     demo.add_argument("--out", default="demo-out", help="folder for models and report (default: demo-out)")
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds (default: 1)")
@@ -57,12 +78,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _merge(args: argparse.Namespace) -> None:
     """sst-merge merge."""
+    from .distributed import joined
     from .merging import merge
 
-    overrides = {"device": args.device, "dtype": args.dtype, "fisher_dir": args.fisher, "tune": args.tune or None}
-    result = merge(
-        args.config, out=args.out, overwrite=args.overwrite, merge_into_base=args.merge_into_base, **overrides
-    )
+    overrides = {"device": args.device, "dtype": args.dtype, "fisher_dir": args.fisher, "memory": args.memory}
+    overrides["tune"] = args.tune or None
+    options = {"overwrite": args.overwrite, "merge_into_base": args.merge_into_base, **overrides}
+    with joined():
+        result = merge(args.config, out=args.out, **options)
+    if result.path is None:  # another process wrote it
+        return
     for warning in result.report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote {result.path} (read {result.path / 'report.html'})")
@@ -73,13 +98,17 @@ def _fisher(args: argparse.Namespace) -> None:
     if (args.config is None) == (args.add is None):
         raise ValueError("fisher: give a config to collect by, or --add with folders to sum")
     if args.add:
-        from .store import add_folders
+        from .adding import add_folders
 
         add_folders(args.add, args.out)
     else:
+        from .distributed import first, joined
         from .merging import collect
 
-        collect(args.config, args.out, device=args.device, dtype=args.dtype)
+        with joined():
+            collect(args.config, args.out, device=args.device, dtype=args.dtype, memory=args.memory)
+            if not first():
+                return
     print(f"wrote {args.out}; merge with --fisher {args.out}")
 
 
@@ -100,6 +129,29 @@ def _mergekit(args: argparse.Namespace) -> None:
 
     run(args.config, args.out, args.options)
     print(f"wrote {args.out} (read {args.out}/report.html)")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """sst-merge verify."""
+    from .verify import ALPHAS, Settings, verify
+
+    settings = Settings(tuple(args.alphas or ALPHAS), args.seed, args.challengers)
+    theory, folder = verify(args.folder, out=args.out, fisher_dir=args.fisher, settings=settings)
+    for row in theory["claims"]:
+        if row["passed"] is False:
+            print(f"broken: {row['claim']}: {row['statement']} ({row['where']})", file=sys.stderr)
+    print(f"{'passed' if theory['passed'] else 'failed'}; wrote {folder} (read {folder / 'theory.md'})")
+    return 0 if theory["passed"] else 1
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """sst-merge compare."""
+    from .compare import compare
+    from .compare.verdict import verdict
+
+    summary = compare(args.config, args.out, overwrite=args.overwrite, device=args.device, dtype=args.dtype)
+    print("\n".join(verdict(summary)))
+    print(f"wrote {args.out} (read {args.out}/compare.html)")
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -143,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupt = _Interrupt()
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         return _interrupted()
     except Exception as error:
@@ -155,7 +207,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     finally:
         signal.signal(signal.SIGINT, before)
-    return 0
 
 
 if __name__ == "__main__":

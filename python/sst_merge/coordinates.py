@@ -75,6 +75,23 @@ def to_core(basis: CoreBasis, update: LowRank) -> Tensor:
     return (basis.q_out.double().mT @ update.up.double()) @ (update.down.double() @ basis.q_in.double())
 
 
+def factor_gradients(rows: Tensor, update: LowRank) -> Tensor:
+    """(∂/∂B, ∂/∂A) = (G Aᵀ, BᵀG) from G = ∂/∂ΔW, for ΔW = BA: gradients in the trap itself, to compare with.
+
+    They depend on how the factors are scaled and mixed, and so does all that is made of them.
+
+    Args:
+        rows: (S, d_out·d_in), vec(G), row-major.
+        update: B = `up`, the adapter's scale folded in, and A = `down`.
+
+    Returns:
+        (S, (d_out + d_in)·r): vec(∂/∂B), then vec(∂/∂A).
+    """
+    g = rows.unflatten(1, update.shape)
+    up, down = update.up.to(rows), update.down.to(rows)
+    return torch.cat([(g @ down.mT).flatten(1), (up.mT @ g).flatten(1)], dim=1)
+
+
 def from_core(basis: CoreBasis, core: Tensor, rank: int | None = None) -> tuple[LowRank, float]:
     """ΔW = Q_out C Q_inᵀ as factors.
 

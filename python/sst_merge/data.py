@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 
 CONTENT_MASK = "answers, completions and plain text bear the loss; prompts and blank answers do not"
@@ -31,6 +31,7 @@ class Example:
         messages: Turns of a chat, each {"role": …, "content": …}.
         pieces: Texts in order, and whether each bears the loss; no chat template is applied.
         tokens: Token ids, and whether each bears the loss, used as they are.
+        weight: ω ≥ 0 of the example among those of its data.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Example:
     messages: list[dict[str, str]] | None = None
     pieces: list[tuple[str, bool]] | None = None
     tokens: tuple[list[int], list[bool]] | None = None
+    weight: float = 1.0
 
     @property
     def is_answered(self) -> bool:
@@ -53,11 +55,13 @@ class TokenSequence:
         index: Number of the example in its data, from 0; the counter of its sampled labels.
         input_ids: Token ids, length T.
         is_target: Length T; True where the token bears the loss (is to be predicted). Never at position 0.
+        weight: ω > 0 of the sequence among those of its data.
     """
 
     index: int
     input_ids: list[int]
     is_target: list[bool]
+    weight: float = 1.0
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -109,6 +113,8 @@ def parse_records(records: Iterable[tuple[str, Any]]) -> list[Example]:
     - {"input_ids"}, with "labels" (the ids themselves, not shifted; −100 where there is no loss) and, where several
       documents are packed in a record, "seq_lens" or "position_ids": token ids, one example a document.
 
+    Each may have a "weight", the example's importance ω ≥ 0 (1 where there is none).
+
     Args:
         records: Where each comes from, for error messages, and the record.
 
@@ -129,11 +135,20 @@ def parse_records(records: Iterable[tuple[str, Any]]) -> list[Example]:
     examples: list[Example] = []
     for origin, record in records:
         try:
+            weight = _weight(record)
             for content in _contents(record):
-                examples.append(Example(len(examples), origin, **content))
+                examples.append(Example(len(examples), origin, **content, weight=weight))
         except ValueError as error:
             raise ValueError(f"{origin}: {error}") from None
     return examples
+
+
+def _weight(record: Any) -> float:
+    """The importance weight of a record."""
+    weight = record.get("weight", 1.0) if isinstance(record, Mapping) else 1.0
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ValueError(f'"weight" must be a finite number >= 0, got {weight!r}')
+    return float(weight)
 
 
 def _contents(record: Any) -> list[dict[str, Any]]:
@@ -150,7 +165,7 @@ def _contents(record: Any) -> list[dict[str, Any]]:
         return [{"pieces": [(_text(record, "prompt"), False), (_text(record, "completion"), True)]}]
     if "text" in keys:
         return [{"pieces": [(_text(record, "text"), True)]}]
-    if keys == {"prompt"}:
+    if keys - {"weight"} == {"prompt"}:
         return [{"messages": _turns([{"role": "user", "content": record["prompt"]}])}]
     given = f"an object with the keys {sorted(keys)}" if keys else repr(record)[:80]
     raise ValueError(f"expected an object of one of the forms {FORMS}; got {given}")
@@ -248,7 +263,8 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> li
     for example in examples:
         ids, targets = _encode(example, tokenizer)
         if any(targets[1:max_length]):
-            sequences.append(TokenSequence(example.index, ids[:max_length], [False, *targets[1:max_length]]))
+            targets = [False, *targets[1:max_length]]
+            sequences.append(TokenSequence(example.index, ids[:max_length], targets, example.weight))
     return sequences
 
 
@@ -265,7 +281,7 @@ def tokenize_prompts(examples: Sequence[Example], tokenizer: Any) -> list[TokenS
     Raises:
         ValueError: A chat does not fit the chat template.
     """
-    return [TokenSequence(example.index, *_encode(example, tokenizer)) for example in examples]
+    return [TokenSequence(e.index, *_encode(e, tokenizer), e.weight) for e in examples]
 
 
 def _encode(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -330,42 +346,3 @@ def _tokenize_pieces(pieces: Sequence[tuple[str, bool]], tokenizer: Any, jointly
     encoded = tokenizer("".join(text for text, _ in pieces), return_offsets_mapping=True, **options)
     last = (max(end - 1, 0) for _, end in encoded["offset_mapping"])
     return encoded["input_ids"], [pieces[bisect_right(ends, character)][1] for character in last]
-
-
-def split_held_out(
-    sequences: Sequence[TokenSequence], share: float, seed: int
-) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """Sequences to find directions with, and held-out ones to judge them by; both keep at least one.
-
-    Sequences of equal token ids go to the same side: else what is held out would have been seen.
-
-    Args:
-        sequences: From `tokenize`.
-        share: Share held out, in (0, 1).
-        seed: Seed of the draw.
-
-    Returns:
-        (found, held), disjoint, together all sequences.
-
-    Raises:
-        ValueError: Fewer than two different sequences.
-    """
-    groups: dict[tuple[int, ...], list[TokenSequence]] = {}
-    for sequence in sequences:
-        groups.setdefault(tuple(sequence.input_ids), []).append(sequence)
-    if len(groups) < 2:
-        raise ValueError(
-            f"{len(groups)} usable calibration sequence: at least 2 different ones are needed, one to check the "
-            "directions on text they were not found with; give more examples (some hundreds are usual)"
-        )
-    drawn = [
-        list(groups.values())[i] for i in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
-    ]
-    room = max(1, min(len(sequences) - 1, round(share * len(sequences))))
-    held: list[TokenSequence] = []
-    for group in drawn:
-        if len(held) + len(group) <= room:
-            held += group
-    held = held or min(drawn, key=len)
-    apart = {id(sequence) for sequence in held}
-    return [s for s in sequences if id(s) not in apart], [s for s in sequences if id(s) in apart]

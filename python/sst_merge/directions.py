@@ -1,30 +1,24 @@
 r"""Directions of the safety patch by gain per cost: the pencils, solved.
 
-The pencil is A v = λ B v, A = F_harm, B = F_benign + γI, both Fishers shrunk towards their diagonal,
-F ← (1−s)F + s·diag F, and one γ = ε·Σ tr F_benign / Σ n over *all* modules: only then is λ comparable between modules.
-With VᵀBV = I a patch φ has coordinates c = VᵀBφ, gain Σ λ_i c_i² and cost Σ c_i². There is a pencil for every module
-("exact", "diagonal"), or one over the coordinates of all modules side by side ("gram"): A = JᵀJ/N has rank N at most,
-so that an N × N problem gives all its directions of λ > 0, whatever n is. F_harm is not shrunk there: it would not be
-of low rank any more.
+The pencil is A v = λ B v, A = F_harm, B = F_benign + γI, each Fisher in a form of its own (exact, K-FAC, EK-FAC,
+diagonal) and shrunk if asked for (`shrinkage`), with one γ = ε·Σ tr F_benign / Σ n over *all* modules: only then is λ
+comparable between modules. With VᵀBV = I a patch φ has coordinates c = VᵀBφ, gain Σ λ_i c_i² and cost Σ c_i². There is
+a pencil for every module, or with "gram" on either side one over the coordinates of all modules side by side.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sst_kernels import Diagonal, EigenResult, Gram, LowRankPlusDiagonal, Pencil, Status, solve
-from sst_kernels.result import REMEDIES
-
-from .settings import SstParameters
+from .distributed import spread
+from .mixture import Mixture
+from .pencils import ALL_MODULES, SolvedPencil, solve_pencils
+from .settings import KINDS, SstParameters
 from .sums import FisherSums, Statistics
-
-ALL_MODULES = "all modules"
-ELEMENTS_AT_ONCE = 1 << 25  # of one side of the stacked pencils: 256 MB in float64
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class Directions:
 
     Attributes:
         names: The modules whose coordinates follow one another: one, or with "gram" all.
-        values: (m,), λ descending; m = n, or with "gram" the number of λ > 0.
+        values: (m,), λ descending; m = n, or fewer: the leading ones, where A is of low rank all of λ > 0 (`pencils`).
         vectors: (n, m), V with VᵀBV = I.
         coefficients: (m,), c = VᵀBφ of the patch.
         gain_full: φᵀAφ of the whole patch.
@@ -41,6 +35,7 @@ class Directions:
         gradient: (m,), b = Vᵀḡ: first-order change of log p(refusal) along v_i.
         ray_held: (m,), vᵀA_h v / vᵀB_h v with the held-out Fishers (not shrunk, B_h damped by the same γ).
         damping_share: (m,), γ vᵀv / vᵀBv: near 1, benign data said nothing about the direction.
+        shrinkage: s of F_harm and of F_benign.
         status: Names of the solver's status bits (`sst_kernels.Status`).
     """
 
@@ -53,10 +48,11 @@ class Directions:
     gradient: Tensor
     ray_held: Tensor
     damping_share: Tensor
+    shrinkage: tuple[float, float]
     status: str
 
 
-def shared_damping(benign: FisherSums, names: list[str], epsilon: float) -> float:
+def shared_damping(benign: FisherSums | Mixture, names: list[str], epsilon: float) -> float:
     """γ = ε·Σ tr F_benign / Σ n over the modules named."""
     diagonals = [benign.diagonal_of(name) for name in names]
     return epsilon * sum(float(d.sum()) for d in diagonals) / sum(len(d) for d in diagonals)
@@ -65,12 +61,12 @@ def shared_damping(benign: FisherSums, names: list[str], epsilon: float) -> floa
 def find_directions(
     statistics: Statistics, patch: Mapping[str, Tensor], settings: SstParameters
 ) -> tuple[dict[str, Directions], float]:
-    """Every pencil's eigenpairs: all of them, or with "gram" those of λ > 0.
+    """Every pencil's eigenpairs: all of them, or of pencils that are not formed those of largest λ (`pencils`).
 
     Args:
         statistics: Fishers of every module in `patch`.
         patch: Module name -> core of τ, (r_out, r_in).
-        settings: Representation, shrinkage and damping are used.
+        settings: Form of either Fisher, and damping, are used.
 
     Returns:
         Module name (or `ALL_MODULES`) -> directions, and γ.
@@ -79,102 +75,40 @@ def find_directions(
         ValueError: A pencil could not be solved; names the module and the remedy.
     """
     names = list(patch)
-    gamma = shared_damping(statistics.benign, names, settings.damping)
+    kept = settings.form("benign").collected  # of EK-FAC: it has the trace of the exact Fisher
+    traces = (float(statistics.benign.operator(name, kept).trace()) for name in names)
+    gamma = settings.damping * sum(traces) / sum(tau.numel() for tau in patch.values())
     if not gamma > 0:
         raise ValueError("F_benign is zero: the benign data bear no gradient; check calibration.benign")
-    phi = {name: patch[name].flatten() for name in names}
-    if settings.fisher == "gram":
-        return {ALL_MODULES: _across_modules(statistics, phi, settings, gamma)}, gamma
-    found: dict[str, Directions] = {}
-    for group in _batches_of_equal_n(phi):
-        a = torch.stack([_shrunk(statistics.harm, name, settings) for name in group])
-        b = torch.stack([_shrunk(statistics.benign, name, settings) for name in group])
-        if settings.fisher == "diagonal":
-            b = b + gamma
-            result = solve(Pencil(Diagonal(a), Diagonal(b)), b.shape[-1])
-        else:
-            b = b + gamma * torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
-            result = solve(Pencil(a, b), b.shape[-1])
-        for i, name in enumerate(group):
-            status = _check_solved(f"module {name!r}", result, i)
-            pairs = result.values[i], result.vectors[i]
-            b_phi = b[i] @ phi[name] if b[i].ndim == 2 else b[i] * phi[name]
-            found[name] = _directions(statistics, (name,), phi[name], b_phi, pairs, (gamma, status))
-    return {name: found[name] for name in names}, gamma
+
+    def solved(keys: Sequence[str]) -> dict[str, Directions]:
+        own = patch if keys == [ALL_MODULES] else {name: patch[name] for name in keys}
+        found = {}
+        for pencil in solve_pencils(statistics, own, settings, gamma):
+            phi = torch.cat([patch[name].flatten() for name in pencil.names])
+            found[pencil.label] = _directions(statistics, pencil, phi, gamma)
+        return {key: found[key] for key in keys}
+
+    if any(settings.form(kind).representation == "gram" for kind in KINDS):
+        return solved([ALL_MODULES]), gamma
+    return spread({name: float(tau.numel()) ** 3 for name, tau in patch.items()}, solved), gamma
 
 
-def _across_modules(
-    statistics: Statistics, phi: Mapping[str, Tensor], settings: SstParameters, gamma: float
-) -> Directions:
-    """The pencil over all modules at once, by the N × N route."""
-    names = tuple(phi)
-    s, harm, benign = settings.shrinkage, statistics.harm, statistics.benign
-    j_harm, j_benign = harm.joint_rows(names), benign.joint_rows(names)
-    entries = gamma + s * torch.cat([benign.diagonal_of(name) for name in names])
-    b = LowRankPlusDiagonal(j_benign.mT * ((1 - s) / benign.count) ** 0.5, entries)
-    a = Gram(j_harm, harm.count)
-    result = solve(Pencil(a, b), min(j_harm.shape))
-    status = _check_solved(ALL_MODULES, result, ())
-    above = int((result.values > len(entries) * torch.finfo(torch.float64).eps * result.values[:1]).sum())
-    pairs = result.values[:above], result.vectors[:, :above]
-    whole = torch.cat(list(phi.values()))
-    return _directions(statistics, names, whole, (b @ whole[:, None])[:, 0], pairs, (gamma, status))
-
-
-def _shrunk(sums: FisherSums, name: str, settings: SstParameters) -> Tensor:
-    """(1−s)F + s·diag F, (n, n); only the diagonal, (n,), where the representation is diagonal."""
-    diagonal = sums.diagonal_of(name)
-    if settings.fisher == "diagonal":
-        return diagonal
-    s = settings.shrinkage
-    return (1 - s) * sums.fisher(name) + s * torch.diag(diagonal)
-
-
-def _batches_of_equal_n(phi: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Names grouped by n, each group small enough to be stacked."""
-    groups: defaultdict[int, list[str]] = defaultdict(list)
-    for name, patch in phi.items():
-        groups[len(patch)].append(name)
-    for n, members in groups.items():
-        size = max(1, ELEMENTS_AT_ONCE // (n * n))
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
-
-
-def _check_solved(where: str, result: EigenResult, i: int | tuple[()]) -> str:
-    """The names of the i-th pencil's status bits; ValueError if it has no solution."""
-    status = Status(int(result.status[i]))
-    if not result.values[i].isfinite().all():
-        reasons = "; ".join(text for bit, text in REMEDIES.items() if bit in status)
-        raise ValueError(
-            f"the pencil of {where} could not be solved: {reasons}. A is F_harm, B is F_benign + γI: raise "
-            "`damping`, or give more benign examples"
-        )
-    return ", ".join(bit.name for bit in Status if bit in status)
-
-
-def _directions(
-    statistics: Statistics,
-    names: tuple[str, ...],
-    phi: Tensor,
-    b_phi: Tensor,
-    pairs: tuple[Tensor, Tensor],
-    solved: tuple[float, str],
-) -> Directions:
-    """Diagnostics of one pencil's eigenpairs (λ, V), given φ, Bφ, γ and the status."""
-    (values, vectors), (gamma, status) = pairs, solved
-    coefficients = vectors.mT @ b_phi
+def _directions(statistics: Statistics, solved: SolvedPencil, phi: Tensor, gamma: float) -> Directions:
+    """Diagnostics of one pencil's eigenpairs."""
+    names, vectors = solved.names, solved.vectors
     damping = gamma * vectors.square().sum(0)  # vᵀBv = 1
     held = statistics.benign_held.quadratic(names, vectors) + damping
     return Directions(
         names,
-        values,
+        solved.values,
         vectors,
-        coefficients,
-        gain_full=float((values * coefficients.square()).sum()),
-        cost_full=float(phi @ b_phi),
+        coefficients=vectors.mT @ solved.b_phi,
+        gain_full=float(phi @ solved.a_phi),
+        cost_full=float(phi @ solved.b_phi),
         gradient=vectors.mT @ torch.cat([statistics.gradient(name) for name in names]),
         ray_held=statistics.harm_held.quadratic(names, vectors) / held,
         damping_share=damping,
-        status=status,
+        shrinkage=solved.shrinkage,
+        status=solved.status,
     )

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from .adapters import Adapter
 from .base import local_folder, weight_map
 from .data import TokenSequence
-from .settings import FisherParameters
+from .mixture import part_name
+from .settings import KINDS, FisherParameters
 
 if TYPE_CHECKING:
     from .problem import Problem
 
-_FORMAT = 1
+_FORMAT = 2
 _BLOCK = 1 << 22  # bytes read at once
 _DIGITS = 16  # of the hash of a sequence: 64 bits
 
@@ -37,11 +40,11 @@ def fingerprint(problem: Problem, parameters: FisherParameters) -> dict[str, Any
     Cost: reads the base model's weights once.
     """
     config = problem.config
-    coordinates, representation = parameters.collected
+    coordinates, kept = parameters.collected
     tree = {
         "format": _FORMAT,
         "normalisation": "sequence",
-        "representation": representation,
+        "representation": kept[0] if kept[0] == kept[1] else dict(zip(KINDS, kept, strict=True)),
         "coordinates": coordinates,
         "models": _models(problem),
         "dtype": problem.dtype_name,
@@ -55,9 +58,10 @@ def fingerprint(problem: Problem, parameters: FisherParameters) -> dict[str, Any
     if calibration is not None:
         tree["batches"] = {"batch_size": calibration.batch_size, "packing": calibration.packing}
         tree["data"] = {
-            f"{kind}{held}": [_hash_sequence(s) for s in part]
-            for kind, parts in problem.calibration.items()
-            for held, part in zip(("", "_held"), parts, strict=True)
+            part_name(f"{kind}{held}", task.name): [_hash_sequence(s) for s in part]
+            for kind, tasks in problem.tasks.items()
+            for task in tasks
+            for held, part in (("", task.found), ("_held", task.held))
         }
     return tree
 
@@ -75,8 +79,25 @@ def hash_prompts(problem: Problem, role: str, prompts: Sequence[TokenSequence]) 
     """
     config = problem.config
     said = [_models(problem)["base"], _hash_adapter(getattr(problem, role)), problem.dtype_name, config.quantization]
-    said += [config.calibration.max_new_tokens, [_hash_sequence(s) for s in prompts]]
+    said += [config.calibration.max_new_tokens, [_hash_sequence(s, weighted=False) for s in prompts]]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:_DIGITS]
+
+
+def hash_cores(*groups: Mapping[str, Tensor]) -> str:
+    """Hash of cores, bit by bit.
+
+    Args:
+        groups: Module name -> core.
+
+    Returns:
+        Hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for cores in groups:
+        for name, core in cores.items():
+            digest.update(f"{name} {tuple(core.shape)} {core.dtype}\n".encode())
+            digest.update(_bytes(core))
+    return digest.hexdigest()[:_DIGITS]
 
 
 def _models(problem: Problem) -> dict[str, str]:
@@ -118,11 +139,17 @@ def _hash_adapter(adapter: Adapter) -> str:
     tensors |= {f"{name} down": u.down for name, u in adapter.updates.items()}
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
-def _hash_sequence(sequence: TokenSequence) -> str:
-    """Hash of a sequence's tokens and targets."""
-    said = json.dumps([sequence.input_ids, sequence.is_target])
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor's entries."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _hash_sequence(sequence: TokenSequence, weighted: bool = True) -> str:
+    """Hash of a sequence's tokens, targets and weight, if that is not 1."""
+    weight = [sequence.weight] if weighted and sequence.weight != 1 else []
+    said = json.dumps([sequence.input_ids, sequence.is_target, *weight])
     return hashlib.sha256(said.encode()).hexdigest()[:_DIGITS]

@@ -9,8 +9,9 @@ to the full patch τ (path), labels sampled from the model at that point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,17 +19,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sst_kernels.collect import CoreBasis, CoreGradients
+from sst_kernels.collect import CoreBasis, CoreGradients, TokenGradients
 from sst_kernels.labels import counter_uniform, sample_labels
 
+from . import distributed
 from .base import input_device
 from .data import TokenSequence
-from .packing import Batch, batches
+from .memory import partition
+from .mixture import mix_parts, part_name
+from .packing import Batch, batches, count_batches
+from .part_files import pieces
+from .shared_collection import collect_together, settle
 from .store import FisherFolder, Progress
 from .sums import FisherSums, Statistics
+from .tasks import Task
 
-Save = Callable[[FisherSums, int], None]
-"""(sums, number of batches in them)."""
+Save = Callable[[FisherSums, list[int]], None]
+"""(sums, numbers of the batches in them)."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +45,23 @@ class CollectionSettings:
     Attributes:
         points: t of the points θ_ft + tτ; (0.0,) is `local`.
         point_weights: Their weights, summing to 1.
-        representation: "exact", "gram" or "diagonal"; see `sums.FisherSums`.
+        representations: Of the Fishers of harmful and of benign data; see `sums.FisherSums`.
         batch_size: Sequences a forward pass.
         samples: Labels ŷ sampled per position for the true Fisher.
         seed: Of the sampled labels.
         row_length: Tokens of a row that several sequences are packed in; None gives each its own row.
+        groups: How many groups of modules are collected one after another, their sums left in the folder; 0 for all at
+            once, and kept.
     """
 
     points: tuple[float, ...] = (0.25, 0.5)
     point_weights: tuple[float, ...] = (0.5, 0.5)
-    representation: str = "exact"
+    representations: tuple[str, str] = ("exact", "exact")
     batch_size: int = 8
     samples: int = 1
     seed: int = 0
     row_length: int | None = None
+    groups: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Part:
     """One of the sums that a collection consists of.
 
     Attributes:
-        name: A field of `Statistics`.
+        name: A field of `Statistics`, and the task's name, if it has one: see `mixture.part_name`.
         sequences: Tokenised calibration examples.
         sampled: Labels sampled from the model (true Fisher) instead of given (empirical Fisher).
         points: t -> weight.
@@ -116,6 +126,7 @@ class Collector:
         origin: Module name -> core of θ_ft = θ_0 + Δ_utility.
         patch: Module name -> core of the full patch τ; Fishers are collected for these modules.
         settings: How to collect.
+        pullback: (module name, rows of ∂/∂vec(C)) -> rows in the coordinates that are summed in; None leaves them.
     """
 
     def __init__(
@@ -125,8 +136,10 @@ class Collector:
         origin: Mapping[str, Tensor],
         patch: Mapping[str, Tensor],
         settings: CollectionSettings,
+        pullback: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
         self.model, self.origin, self.patch, self.settings = model, origin, patch, settings
+        self.pullback = pullback
         self.gradients = CoreGradients(model, bases, watched=patch.keys())
 
     def __enter__(self) -> Collector:
@@ -136,13 +149,51 @@ class Collector:
     def __exit__(self, *exc: object) -> None:
         self.gradients.__exit__(*exc)
 
-    def collect(self, part: Part, saved: Progress | None = None, save: Save | None = None) -> FisherSums:
+    @contextmanager
+    def watching(self, names: Collection[str]) -> Iterator[None]:
+        """Within it, gradients of these modules alone are summed."""
+        before, self.gradients.watched = self.gradients.watched, frozenset(names)
+        try:
+            yield
+        finally:
+            self.gradients.watched = before
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Module name -> n, the number of its coordinates."""
+        return {name: tau.numel() for name, tau in self.patch.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where sums are kept: with the patch."""
+        return next(iter(self.patch.values())).device
+
+    def empty(self, part: Part) -> FisherSums:
+        """The sums of a part before the first batch."""
+        return part.empty(self.settings.samples)
+
+    def batches(self, part: Part) -> list[tuple[float, Batch]]:
+        """(t, batch) of every step of a part, on the model's device."""
+        device = input_device(self.model)
+        rows = list(batches(part.sequences, self.settings.batch_size, device, self.settings.row_length))
+        return [(t, batch) for t in part.points for batch in rows]
+
+    def collect(
+        self,
+        part: Part,
+        saved: Progress | None = None,
+        save: Save | None = None,
+        bar: tqdm | None = None,
+        numbers: Collection[int] | None = None,
+    ) -> FisherSums:
         """Sums over the sequences of g gᵀ at θ_ft + tτ, one forward and one backward pass a batch and point.
 
         Args:
             part: What to sum.
             saved: Where an earlier run had come to; what it did is not done again.
             save: Called with the sums after every batch.
+            bar: Told of every batch.
+            numbers: Which of the batches to sum over; None for all, and then the sums are checked.
 
         Returns:
             The sums; the same bits, however often it was interrupted.
@@ -150,22 +201,50 @@ class Collector:
         Raises:
             ValueError: A module got no gradient, or one that is not finite; names it.
         """
-        sums, done = (part.empty(self.settings.samples), 0) if saved is None else (saved.sums, saved.batches)
-        device = input_device(self.model)
-        rows = list(batches(part.sequences, self.settings.batch_size, device, self.settings.row_length))
-        todo = [(t, batch) for t in part.points for batch in rows]
-        title, at = part.name.replace("_", " "), None
-        with tqdm(total=len(todo), initial=done, desc=title, unit="batch", leave=False) as bar:
-            for number, (t, batch) in enumerate(todo[done:], start=done + 1):
-                if t != at:
-                    self._move_to(at := t)
-                self._one_batch(batch, sums, part.points[t], part.sampled)
-                sums.count += part.points[t] * len(batch.index)
+        sums, done = (self.empty(part), []) if saved is None else (saved.sums, list(saved.batches))
+        steps = self.batches(part)
+        wanted = [k for k in (range(len(steps)) if numbers is None else numbers) if k not in set(done)]
+        at = None
+        for number in wanted:
+            t, batch = steps[number]
+            if t != at:
+                self._move_to(at := t)
+            self._one_batch(batch, sums, part.points[t], part.sampled)
+            sums.add_count(part.points[t], batch.weight)
+            done.append(number)
+            if bar is not None:
                 bar.update()
-                if save is not None:
-                    save(sums, number)
-        _check_complete(sums, self.patch)
+            if save is not None:
+                save(sums, done)
+        if numbers is None:
+            self.check(sums)
         return sums
+
+    def accompany(self, part: Part) -> None:
+        """One step of a part whose gradients are dropped: other ranks need this one's share of the parameters."""
+        t, batch = self.batches(part)[0]
+        self._move_to(t)
+        self._one_batch(batch, self.empty(part), part.points[t], part.sampled)
+
+    def check(self, sums: FisherSums) -> None:
+        """Raise unless every module was reached, by finite gradients.
+
+        Args:
+            sums: Of all batches.
+
+        Raises:
+            ValueError: One was not; names it.
+        """
+        for name in (name for name in self.patch if name in self.gradients.watched):
+            if name not in sums.first:
+                raise ValueError(
+                    f"no gradient reached module {name!r}: the model does not use it; train the adapters without it"
+                )
+            if not torch.isfinite(sums.first[name]).all():
+                raise ValueError(
+                    f"the gradients of module {name!r} are not finite: the base has NaN weights or overflows in its "
+                    "dtype; try --dtype float32 or bfloat16"
+                )
 
     def _move_to(self, t: float) -> None:
         """Put the model at θ_ft + tτ."""
@@ -173,52 +252,45 @@ class Collector:
         self.gradients.set_cores({**self.origin, **moved})
 
     def _one_batch(self, batch: Batch, sums: FisherSums, weight: float, sampled: bool) -> None:
-        """Forward, backward, and the rows of every module into the sums."""
+        """Forward, backward, and the gradients of every module into the sums."""
         s = self.settings
         samples = s.samples if sampled else 1
         self.gradients.layout(batch.cu_seqlens, batch.attention_mask.flatten())
-        logits = None
+        logits, alike = None, bool((batch.weight == 1).all())
         for sample in range(samples):
             seen: set[str] = set()
 
-            def consume(name: str, rows: Tensor, seen: set[str] = seen) -> None:
+            def consume(name: str, gradients: TokenGradients, seen: set[str] = seen) -> None:
                 if name in seen:
                     raise ValueError(f"module {name!r} is called more than once in a forward pass: not supported")
                 seen.add(name)
-                sums.add(name, rows, weight / samples)
+                importance = None if alike else batch.weight
+                if self.pullback is None:
+                    sums.take(name, gradients, weight / samples, importance)
+                else:
+                    rows = self.pullback(name, gradients.rows())
+                    sums.add(name, rows, weight / samples, None if alike else batch.weight.to(rows))
 
             self.gradients.consume = consume
             loss, logits = log_likelihood(self.model, batch, s.seed if sampled else None, sample, logits)
             loss.backward(retain_graph=sample + 1 < samples)
 
 
-def _check_complete(sums: FisherSums, names: Iterable[str]) -> None:
-    """Every module was reached, by finite gradients."""
-    for name in names:
-        if name not in sums.first:
-            raise ValueError(
-                f"no gradient reached module {name!r}: the model does not use it; train the adapters without it"
-            )
-        if not torch.isfinite(sums.first[name]).all():
-            raise ValueError(
-                f"the gradients of module {name!r} are not finite: the base has NaN weights or overflows in its dtype; "
-                "try --dtype float32 or bfloat16"
-            )
-
-
 def collect_statistics(
     collector: Collector,
-    harm: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
-    benign: tuple[Sequence[TokenSequence], Sequence[TokenSequence]],
+    harm: Sequence[Task],
+    benign: Sequence[Task],
     folder: FisherFolder | None = None,
+    title: str = "",
 ) -> Statistics:
-    """Both Fishers, from found and held-out sequences, and ḡ at θ_ft.
+    """Both Fishers, from found and held-out sequences of every task, and ḡ at θ_ft.
 
     Args:
         collector: Entered.
-        harm: (found, held) sequences of prompts with refusals.
-        benign: (found, held) sequences of what should not change.
+        harm: Tasks of prompts with refusals.
+        benign: Tasks of what should not change.
         folder: Where the sums are kept, every few batches; a collection that is there in part is gone on with.
+        title: Before what the progress bar says.
 
     Returns:
         The statistics.
@@ -226,24 +298,79 @@ def collect_statistics(
     Cost: (1 + share held) · points forward and backward passes over each set, and with `path` one more over `harm`.
     """
     s = collector.settings
-    points = dict(zip(s.points, s.point_weights, strict=True))
-    parts = [
-        Part("harm", harm[0], False, points, s.representation),
-        Part("benign", benign[0], True, points, s.representation),
-        Part("harm_held", harm[1], False, points, s.representation),
-        Part("benign_held", benign[1], True, points, s.representation),
-        Part("origin", harm[0], False, {0.0: 1.0}, "gradient"),
+    parts = _parts(s, harm, benign)
+    passes = max(1, s.groups)
+    totals = [passes * len(p.points) * count_batches(p.sequences, s.batch_size, s.row_length) for p in parts.values()]
+    done = [
+        0 if folder is None else folder.batches_done(p.name, total)
+        for p, total in zip(parts.values(), totals, strict=True)
     ]
-    return Statistics(**{part.name: _collect_part(collector, part, folder) for part in parts})
+    counts = (sum(numbers) // distributed.world() for numbers in (totals, done))
+    sums = {}
+    with tqdm(
+        **dict(zip(("total", "initial"), counts, strict=True)),
+        unit="batch",
+        leave=False,
+        disable=not distributed.first(),
+    ) as bar:
+        for key, part in parts.items():
+            bar.set_description(title + part.name.replace("_", " "))
+            sums[key] = _collect_part(collector, part, folder, bar)
+    for task in harm if s.points == (0.0,) else ():
+        sums["origin", task.name] = _local_origin(sums["harm", task.name], part_name("origin", task.name), folder)
+    return mix_parts(sums, {"harm": {t.name: t.weight for t in harm}, "benign": {t.name: t.weight for t in benign}})
 
 
-def _collect_part(collector: Collector, part: Part, folder: FisherFolder | None) -> FisherSums:
-    """One part, from the folder as far as it is there."""
+def _parts(s: CollectionSettings, harm: Sequence[Task], benign: Sequence[Task]) -> dict[tuple[str, str], Part]:
+    """(Field of `Statistics`, task's name) -> what is to be summed, in the order of collection."""
+    points = dict(zip(s.points, s.point_weights, strict=True))
+    of_harm, of_benign = s.representations
+    wanted = [
+        ("harm", harm, "found", False, points, of_harm),
+        ("benign", benign, "found", True, points, of_benign),
+        ("harm_held", harm, "held", False, points, of_harm),
+        ("benign_held", benign, "held", True, points, of_benign),
+    ]
+    if s.points != (0.0,):
+        wanted.append(("origin", harm, "found", False, {0.0: 1.0}, "gradient"))
+    return {
+        (field, task.name): Part(part_name(field, task.name), getattr(task, side), *how)
+        for field, tasks, side, *how in wanted
+        for task in tasks
+    }
+
+
+def _local_origin(sums: FisherSums, part: str, folder: FisherFolder | None) -> FisherSums:
+    """Σ g at θ_ft over harmful sequences, which their local sums have."""
+    origin = FisherSums("gradient", first=dict(sums.first))
+    origin.take_counts(sums.counts)
+    if folder is not None and distributed.first():
+        folder.save(part, origin)
+    return origin
+
+
+def _collect_part(collector: Collector, part: Part, folder: FisherFolder | None, bar: tqdm) -> FisherSums:
+    """One part, whole or group by group."""
+    count = 0 if folder is None else folder.groups(part.name, collector.settings.groups)
+    if count == 0:
+        return _collect_at_once(collector, part, folder, bar)
+    for name, group in zip(pieces(part.name, count), partition(collector.sizes, count), strict=True):
+        with collector.watching(group):
+            _collect_at_once(collector, replace(part, name=name), folder, bar)
+    distributed.meet()
+    return folder.load(part.name).sums
+
+
+def _collect_at_once(collector: Collector, part: Part, folder: FisherFolder | None, bar: tqdm) -> FisherSums:
+    """The sums of the modules that are watched, from the folder as far as they are there."""
+    if distributed.world() > 1:
+        return collect_together(collector, part, folder, bar)
     if folder is None:
-        return collector.collect(part)
+        return collector.collect(part, bar=bar)
+    settle(folder, part.name, 1)
     saved = folder.load(part.name, part.empty(collector.settings.samples))
     if saved is not None and saved.complete:
         return saved.sums
-    sums = collector.collect(part, saved, partial(folder.save_now_and_then, part.name))
+    sums = collector.collect(part, saved, partial(folder.save_now_and_then, part.name), bar)
     folder.save(part.name, sums)
     return sums

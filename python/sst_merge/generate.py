@@ -82,4 +82,4 @@ def _until(tokens: list[int], stop: Collection[int]) -> list[int]:
 def _join(prompt: TokenSequence, answer: list[int]) -> TokenSequence:
     """Prompt and answer; the answer bears the loss."""
     targets = [False] * len(prompt.input_ids) + [True] * len(answer)
-    return TokenSequence(prompt.index, prompt.input_ids + answer, targets)
+    return TokenSequence(prompt.index, prompt.input_ids + answer, targets, prompt.weight)

@@ -17,8 +17,10 @@ from sst_kernels.collect import CoreBasis, CoreGradients
 
 from .adapters import LowRank
 from .base import input_device
+from .distributed import of_first
 from .packing import Batch, batches
 from .problem import Problem
+from .tasks import Task
 
 _POSITIONS_AT_ONCE = 512  # bounds the float32 copies of the logits
 _BEYOND = 10.0  # times the predicted KL
@@ -48,6 +50,7 @@ class HeldOut:
         refusal: Mean of log p_merged(refusal).
         refusal_change: Mean of log p_merged(refusal) − log p_ft(refusal).
         refusal_error: Standard error of the change.
+        tasks: A row for every task that has a name: "kind", "task", "weight", and what its kind measures.
     """
 
     kl: float
@@ -55,6 +58,35 @@ class HeldOut:
     refusal: float
     refusal_change: float
     refusal_error: float | None
+    tasks: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """Σ ω x / Σ ω over sequences, and its standard error; None for one sequence.
+
+    The error is √(N/(N−1) Σ ω²(x−m)²) / Σ ω, that of a ratio (Cochran 1977); for equal weights the usual one.
+    """
+
+    value: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Tensor, weights: Tensor) -> _Mean:
+        """The mean of values (S,) with weights (S,), float64."""
+        total, n = weights.sum(), len(values)
+        mean = (weights * values).sum() / total
+        if n == 1:
+            return cls(float(mean), None)
+        squares = (weights * (values - mean)).square().sum()
+        return cls(float(mean), float((n / (n - 1) * squares).sqrt() / total))
+
+    @classmethod
+    def over(cls, parts: Sequence[tuple[float, _Mean]]) -> _Mean:
+        """Σ_t w_t m_t of the means m_t of different tasks, given with their weights."""
+        errors = [None if part.error is None else weight * part.error for weight, part in parts]
+        error = None if None in errors else math.hypot(*errors)
+        return cls(sum(weight * part.value for weight, part in parts), error)
 
 
 def measure(problem: Problem, merged: Sequence[Merged]) -> list[HeldOut]:
@@ -65,38 +97,77 @@ def measure(problem: Problem, merged: Sequence[Merged]) -> list[HeldOut]:
         merged: The models.
 
     Returns:
-        One result for each.
+        One result for each: weighted means of every task, summed over the tasks with their weights.
 
     Cost: 1 + len(merged) forward passes over the held-out sequences.
     """
-    kl, change, refusal = ([[] for _ in merged] for _ in range(3))
-    for kind in ("benign", "harm"):
-        for batch in _held_out_batches(problem, kind):
-            row = batch.is_target[:, 1:].nonzero(as_tuple=True)[0]
-            with _utility_alone(problem):
-                before = _logits(problem, Merged(problem.utility.updates, problem.utility.biases), batch)
-            for i, model in enumerate(merged):
-                after = _logits(problem, model, batch)
-                if kind == "benign":
-                    kl[i].append(_by_sequence(batch, row, _divergence(before, after)))
-                else:
-                    old, new = (_by_sequence(batch, row, _likelihood(batch, logits)) for logits in (before, after))
-                    refusal[i].append(new)
-                    change[i].append(new - old)
-    values = [[torch.cat(parts) for parts in (k, r, c)] for k, r, c in zip(kl, refusal, change, strict=True)]
-    return [HeldOut(float(k.mean()), _error(k), float(r.mean()), float(c.mean()), _error(c)) for k, r, c in values]
+    tasks = [(kind, task) for kind in ("benign", "harm") for task in problem.tasks[kind]]
+    means = [_measure_task(problem, merged, kind, task) for kind, task in tasks]
+    return of_first([_held_out(tasks, [of_model[i] for of_model in means]) for i in range(len(merged))])
 
 
-def _held_out_batches(problem: Problem, kind: str) -> Iterator[Batch]:
-    """Held-out sequences of one kind, a row each, in batches on the model's device."""
-    sequences = problem.calibration[kind][1]
-    found = list(batches(sequences, problem.config.calibration.batch_size, input_device(problem.model)))
-    yield from tqdm(found, desc=f"measure, {kind}", unit="batch", leave=False)
+def _held_out(tasks: Sequence[tuple[str, Task]], means: Sequence[Mapping[str, _Mean]]) -> HeldOut:
+    """One model's result, from its means on every task: Σ_t w_t m_t, and a row a task."""
+    kl, refusal, change = (
+        _Mean.over([(task.weight, m[name]) for (_, task), m in zip(tasks, means, strict=True) if name in m])
+        for name in ("kl", "refusal", "change")
+    )
+    rows = tuple(
+        {"kind": kind, "task": task.name, "weight": task.weight, **_as_row(m)}
+        for (kind, task), m in zip(tasks, means, strict=True)
+        if task.name
+    )
+    return HeldOut(kl.value, kl.error, refusal.value, change.value, change.error, rows)
+
+
+def _as_row(means: Mapping[str, _Mean]) -> dict[str, float | None]:
+    """What was measured on a task, in the columns of `compare`; None where its kind measures something else."""
+    row = {}
+    for name, column in (("kl", "measured_kl"), ("change", "measured_refusal")):
+        mean = means.get(name)
+        row[column], row[f"{column}_se"] = (mean.value, mean.error) if mean else (None, None)
+    return row
+
+
+def _measure_task(problem: Problem, merged: Sequence[Merged], kind: str, task: Task) -> list[dict[str, _Mean]]:
+    """Per model, "kl" of a benign task, or "refusal" and "change" of a harmful one."""
+    values: list[dict[str, list[Tensor]]] = [{} for _ in merged]
+    weights = []
+    for batch in _held_out_batches(problem, task):
+        weights.append(batch.weight)
+        row = batch.is_target[:, 1:].nonzero(as_tuple=True)[0]
+        with _utility_alone(problem):
+            before = _logits(problem, Merged(problem.utility.updates, problem.utility.biases), batch)
+        for model, found in zip(merged, values, strict=True):
+            after = _logits(problem, model, batch)
+            if kind == "benign":
+                new = {"kl": _by_sequence(batch, row, _divergence(before, after))}
+            else:
+                old, refusal = (_by_sequence(batch, row, _likelihood(batch, logits)) for logits in (before, after))
+                new = {"refusal": refusal, "change": refusal - old}
+            for name, parts in new.items():
+                found.setdefault(name, []).append(parts)
+    weight = torch.cat(weights)
+    return [{name: _Mean.of(torch.cat(parts), weight) for name, parts in found.items()} for found in values]
+
+
+def _held_out_batches(problem: Problem, task: Task) -> Iterator[Batch]:
+    """Held-out sequences of one task, a row each, in batches on the model's device."""
+    found = list(batches(task.held, problem.config.calibration.batch_size, input_device(problem.model)))
+    yield from tqdm(found, desc=f"measure {task.name}".rstrip(), unit="batch", leave=False)
 
 
 @contextmanager
-def _updated(problem: Problem, merged: Merged) -> Iterator[None]:
-    """The model computes with ΔW and biases, by hooks; up and down take the place of a core's bases."""
+def updated(problem: Problem, merged: Merged) -> Iterator[None]:
+    """The model computes with ΔW and biases, by hooks; up and down take the place of a core's bases.
+
+    Args:
+        problem: Holds the model.
+        merged: What is added to θ_0; a module that is not named computes as it is.
+
+    Yields:
+        Nothing.
+    """
     bases = {name: CoreBasis(u.up, u.down.mT) for name, u in merged.updates.items() if u.rank}
     eyes = {name: torch.eye(merged.updates[name].rank, device=b.q_out.device) for name, b in bases.items()}
     with ExitStack() as stack:
@@ -136,7 +207,7 @@ def _utility_alone(problem: Problem) -> Iterator[None]:
 def _logits(problem: Problem, merged: Merged, batch: Batch) -> Tensor:
     """Logits (P, V) at the P positions before a loss-bearing token, in the model's dtype."""
     row, position = batch.is_target[:, 1:].nonzero(as_tuple=True)
-    with _updated(problem, merged):
+    with updated(problem, merged):
         return problem.model(**batch.model_inputs, use_cache=False).logits[row, position]
 
 
@@ -162,11 +233,6 @@ def _by_sequence(batch: Batch, row: Tensor, values: Tensor) -> Tensor:
     return values.new_zeros(len(batch.index), dtype=torch.float64).index_add_(0, row, values.double()).cpu()
 
 
-def _error(values: Tensor) -> float | None:
-    """Standard error of a mean; None for one value."""
-    return float(values.std()) / len(values) ** 0.5 if len(values) > 1 else None
-
-
 def compare(strengths: Sequence[Mapping[str, Any]], measured: Sequence[HeldOut]) -> list[dict[str, Any]]:
     """Predicted beside measured, a row for every strength; nats per sequence.
 
@@ -189,6 +255,19 @@ def compare(strengths: Sequence[Mapping[str, Any]], measured: Sequence[HeldOut])
         }
         for row, m in zip(strengths, measured, strict=True)
     ]
+
+
+def compare_tasks(strengths: Sequence[Mapping[str, Any]], measured: Sequence[HeldOut]) -> list[dict[str, Any]]:
+    """What was measured on each task that has a name, a row for every strength and task; nats per sequence.
+
+    Args:
+        strengths: Rows of the report: alpha.
+        measured: On the held-out sequences, in the same order.
+
+    Returns:
+        The rows.
+    """
+    return [{"alpha": row["alpha"], **task} for row, m in zip(strengths, measured, strict=True) for task in m.tasks]
 
 
 def warnings_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from . import distributed
 from .adapters import LowRank, write_files
 from .atomic import replace_dir
 from .calibration import write_generated
 from .card import write_cards
 from .checkpoint import Checkpoint
 from .config import load_config
-from .held_out import Merged, compare, measure, warnings_of
+from .full import FullMergeResult, are_full, collect_full, merge_full
+from .held_out import Merged, compare, compare_tasks, measure, warnings_of
 from .methods import METHODS, Plan
 from .problem import Live, Problem
 from .rendering import write_report
@@ -57,7 +59,7 @@ def merge(
     merge_into_base: bool = False,
     live: Live | None = None,
     **overrides: Any,
-) -> MergeResult:
+) -> MergeResult | FullMergeResult:
     """θ = θ_0 + Δ_utility + α·Filter(τ), written as a PEFT adapter, or as a full checkpoint, for every α.
 
     Args:
@@ -78,17 +80,23 @@ def merge(
 
     Cost: for the statistics, unless they are there, forward and backward passes over the calibration sequences at each
     point of the path, and at θ_ft over the harmful ones; then 1 + (number of strengths) forward passes over those held
-    out.
+    out. With `steps`, the first for θ_ft and one more collection for each further step of each strength.
     """
     config = load_config(config, **overrides)
+    config = replace(config, device=distributed.own_device(config.device))
     if merge_into_base:
         config = replace(config, output=replace(config.output, merge_into_base=True))
     if out is not None:
         _refuse_inputs(Path(out), config)
         if config.fisher_dir is None and isinstance(config.parameters, FisherParameters):
             config = replace(config, fisher_dir=f"{os.path.abspath(out)}.fisher")
-    with _out_of_memory():
-        return _merge(config, out, overwrite, live)
+    if live is None and are_full(config):
+        if out is None:
+            raise ValueError("out: a merge of full checkpoints is written as it is computed; name a folder")
+        with _out_of_memory():
+            return merge_full(config, out, overwrite=overwrite)
+    with distributed.together(), _out_of_memory():
+        return _merge(config, out if distributed.first() else None, overwrite, live)
 
 
 def collect(config: str | Path | Mapping[str, Any] | Config, out: str | Path, **overrides: Any) -> Path:
@@ -109,8 +117,12 @@ def collect(config: str | Path | Mapping[str, Any] | Config, out: str | Path, **
     if not isinstance(config.parameters, FisherParameters):
         raise ValueError(f"merge_method {config.merge_method} uses no Fishers; there is nothing to collect")
     _refuse_inputs(Path(out), replace(config, fisher_dir=None))
-    with _out_of_memory():
-        Problem(config).curvature(config.parameters)
+    config = replace(config, device=distributed.own_device(config.device))
+    with distributed.together(), _out_of_memory():
+        if are_full(config):
+            collect_full(config)
+        else:
+            Problem(config).curvature(config.parameters)
     return Path(config.fisher_dir)
 
 
@@ -141,7 +153,10 @@ def _merge(config: Config, out: str | Path | None, overwrite: bool, live: Live |
         )
         report = build_report(problem, plan, list(rows))
         if config.calibration is not None:
-            report["held_out"] = compare(report["strengths"], measure(problem, models))
+            measured = measure(problem, models)
+            report["held_out"] = compare(report["strengths"], measured)
+            if by_task := compare_tasks(report["strengths"], measured):
+                report["held_out_tasks"] = by_task
             report["warnings"] += warnings_of(report["held_out"])
         if tuning is not None:
             report["tuning"] = tuning.as_report()
@@ -210,7 +225,7 @@ def _subfolder(problem: Problem, alpha: float, folder: Path) -> Path:
 
 def _refuse_inputs(out: Path, config: Config) -> None:
     """ValueError if the output would replace what is being read, or kept."""
-    data = () if config.calibration is None else (config.calibration.harm, config.calibration.benign)
+    data = () if config.calibration is None else config.calibration.files
     kept = () if config.fisher_dir is None else (config.fisher_dir,)
     for source in (config.base_model, config.utility.model, config.safety.model, *data, *kept):
         target, read = out.resolve(), Path(source).resolve()

@@ -14,6 +14,8 @@ COLUMNS = {
     "shape": "rows × columns of the weight",
     "rank_utility": "rank of the utility adapter's update",
     "rank_safety": "rank of the safety adapter's update",
+    "entries": "entries of the tensor",
+    "kept_entries": "Σ m of its entries; the mask m is 0 or 1, or between them",
     "n": "directions of the module's core coordinates",
     "kept": "Σ f, directions kept; f is the filter's factor in [0, 1]",
     "kept_energy": "squared norm of the kept patch over the whole one's; may exceed 1",
@@ -24,6 +26,8 @@ COLUMNS = {
     "ray": "mean λ of the kept directions, weighted by kept cost",
     "ray_held": "the same directions' quotient on held-out sequences",
     "damping_share": "share of the kept cost that is damping; near 1, benign data say nothing",
+    "largest_value": "λ of the first direction that is kept, of its layer's pencil",
+    "smallest_kept_value": "λ of the last one",
     "solver": "what the eigensolver says of its result",
 }
 """What the columns of the module table mean."""
@@ -96,7 +100,9 @@ def outline(report: Mapping[str, Any]) -> list[Section]:
         Section("Summary", facts=_summary(report)),
         Section("Warnings", bullets=report.get("warnings", ())),
         _held_out(report),
+        _tasks(report),
         _strengths(report),
+        _steps(report),
         _tuning(report),
         Section("Directions", pictures=plots.of_directions(report)),
         Section("All modules together", rows=[report["joint"]] if "joint" in report else (), columns=COLUMNS),
@@ -122,7 +128,7 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
     """What came of it; then what was merged, from which data."""
     survival = report.get("survival", {})
     facts = {
-        **_measured(report.get("held_out", ())),
+        **_measured(report),
         "warnings": f"{len(report['warnings'])}, below" if report.get("warnings") else "none",
         "share of the kept cost that is damping": survival.get("damping_share_kept"),
         "held-out gain per cost of what is kept": survival.get("ray_held_kept"),
@@ -135,18 +141,45 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
         "statistics": report.get("fisher_dir"),
         "seconds": report.get("seconds"),
         "shared damping γ": report.get("gamma"),
+        "damping ε of the ratio": report.get("epsilon"),
+        "share of entries kept": report.get("kept_share"),
+        "least ratio kept": report.get("threshold"),
     }
+    for kind, form in report.get("fishers", {}).items():
+        facts[f"{kind} Fisher"] = _form(form)
     for kind, count in report.get("sequences", {}).items():
-        facts[f"{kind} sequences"] = f"{count['found']} to find directions, {count['held_out']} held out"
+        facts[f"{kind} sequences"] = _counts(count)
+        for task, own in count.get("tasks", {}).items():
+            facts[f"{kind} sequences of {task}, weight {own['weight']:g}"] = _counts(own)
     for kind, trace in report.get("fisher_trace", {}).items():
         facts[f"trace of the {kind} Fisher"] = trace
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _form(form: Mapping[str, Any]) -> str:
+    """How a Fisher stands in the pencils."""
+    name, s = form["representation"].replace("_", ", "), form["shrinkage"]
+    if not s["most"]:
+        return name
+    target = {"diagonal": "its diagonal", "kronecker": "its nearest Kronecker product"}[form["target"]]
+    amount = shown(s["mean"]) if s["least"] == s["most"] else f"{shown(s['least'])} to {shown(s['most'])}"
+    return f"{name}; shrunk by {amount} towards {target}"
+
+
+def _counts(count: Mapping[str, Any]) -> str:
+    """Numbers of sequences in words; effective ones where examples have weights."""
+    sides = {"found": "to find directions", "held_out": "held out"}
+    effective = {
+        side: f" (effective {count[f'effective_{side}']:.3g})" for side in sides if f"effective_{side}" in count
+    }
+    return ", ".join(f"{count[side]} {what}{effective.get(side, '')}" for side, what in sides.items())
+
+
+def _measured(report: Mapping[str, Any]) -> dict[str, str]:
     """What every strength does to held-out sequences, in words."""
+    rows = report.get("held_out", ())
     if not rows:
-        return {"measured": "nothing: no calibration data were given"}
+        return {"measured": report.get("measured", "nothing: no calibration data were given")}
     return {
         f"measured at α {row['alpha']:g}": f"KL {_with_error(row, 'measured_kl')}, change of log p(refusal) "
         f"{_with_error(row, 'measured_refusal')} nats per sequence"
@@ -169,6 +202,25 @@ def _held_out(report: Mapping[str, Any]) -> Section:
     rows = report.get("held_out", ())
     paragraphs = [text, *([SELECTED] if "tuning" in report else ())]
     return Section("Held out", text=paragraphs if rows else (), pictures=plots.of_held_out(report), rows=rows)
+
+
+def _tasks(report: Mapping[str, Any]) -> Section:
+    """Which task pays, which gains."""
+    text = "The same, task by task: means of one task each; the figures above are their sums, each times its weight."
+    rows = report.get("held_out_tasks", ())
+    return Section("Held out, by task", text=[text] if rows else (), rows=rows)
+
+
+def _steps(report: Mapping[str, Any]) -> Section:
+    """A row for every step of every strength."""
+    text = (
+        "Every step as the quadratic model where it begins predicts it, by Fishers taken there: KL and change of log "
+        "p(refusal) in nats per sequence, and of the patch that remained the shares of gain and squared norm that were "
+        "kept. Predictions of the strengths above are those of the whole way: lengths √(2 KL) add up, and so do "
+        "changes of log p. Directions and modules below are those of the first step."
+    )
+    rows = report.get("steps", ())
+    return Section("Steps", text=[text] if rows else (), rows=rows)
 
 
 def _strengths(report: Mapping[str, Any]) -> Section:

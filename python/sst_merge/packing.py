@@ -25,6 +25,7 @@ class Batch:
         cu_seqlens: (S+1,), int64. Sequence s holds the flattened tokens cu_seqlens[s] to cu_seqlens[s+1]; the last of
             a row holds its padding too.
         is_packed: Whether a row may hold several sequences.
+        weight: (S,), float64, on the CPU: ω of each sequence.
     """
 
     sequence_index: Tensor
@@ -34,6 +35,7 @@ class Batch:
     is_target: Tensor
     cu_seqlens: Tensor
     is_packed: bool
+    weight: Tensor
 
     @property
     def model_inputs(self) -> dict[str, Tensor]:
@@ -69,6 +71,11 @@ def batches(
     rows = make_rows(sequences, row_length)
     for start in range(0, len(rows), batch_size):
         yield _batch(rows[start : start + batch_size], device, row_length is not None)
+
+
+def count_batches(sequences: Sequence[TokenSequence], batch_size: int, row_length: int | None = None) -> int:
+    """How many batches `batches` yields."""
+    return -(-len(make_rows(sequences, row_length)) // batch_size)
 
 
 def make_rows(sequences: Sequence[TokenSequence], row_length: int | None) -> list[list[TokenSequence]]:
@@ -114,7 +121,8 @@ def _batch(rows: Sequence[Sequence[TokenSequence]], device: torch.device | str, 
             end += len(s.input_ids)
     offsets = torch.tensor([*starts, shape[0] * shape[1]])
     tensors = (t.to(device) for t in (index, position, ids, mask, target.bool(), offsets))
-    return Batch(*tensors, is_packed)
+    weight = torch.tensor([s.weight for row in rows for s in row], dtype=torch.float64)
+    return Batch(*tensors, is_packed, weight)
 
 
 @torch.no_grad()

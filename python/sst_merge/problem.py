@@ -16,16 +16,17 @@ from sst_kernels.collect import CoreBasis
 
 from .adapters import Adapter, LowRank, check_compatible, check_fits, read_adapter
 from .base import add_bias, is_quantised, load_base, load_skeleton, offloaded, replace_parameter
-from .calibration import read_calibration
-from .coordinates import core_basis, to_core, weight_basis
+from .calibration import read_tasks
+from .coordinates import core_basis, factor_gradients, to_core, weight_basis
 from .data import TokenSequence
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, hash_cores
 from .fisher import CollectionSettings, Collector, collect_statistics
-from .memory import check_memory
+from .memory import plan_memory
 from .packing import check_packing
 from .settings import ROLES, Config, FisherParameters
-from .store import SERVES, FisherFolder
+from .store import STEP_NAME, FisherFolder, serves
 from .sums import Statistics
+from .tasks import Task
 from .vocabulary import check_tokenizers, read_tokenizers
 
 
@@ -42,6 +43,19 @@ class Curvature:
     origin: Mapping[str, Tensor]
     patch: Mapping[str, Tensor]
     statistics: Statistics
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a later step of a merge begins.
+
+    Attributes:
+        step: How many steps were made.
+        digest: Hash of where they led, and of what remains.
+    """
+
+    step: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,8 @@ class Problem:
     Attributes:
         skeleton: The base model on the meta device (or the live one): its modules and shapes.
         remarks: What the user should know; printed in the report.
-        generated: "harm" or "benign" -> sequences whose answers were generated, once `calibration` was asked for.
+        generated: "harm" or "benign", with "-" and the task's name if it has one -> sequences whose answers were
+            generated, once `tasks` was asked for.
         replaced: The base's own values of whole parameters that only the safety adapter carries, once it is loaded.
 
     Raises:
@@ -164,9 +179,25 @@ class Problem:
         return {**self.utility.saved, **self.safety.saved}
 
     @cached_property
+    def tasks(self) -> dict[str, tuple[Task, ...]]:
+        """Keys "harm" and "benign" -> their tasks."""
+        return {kind: read_tasks(self, kind) for kind in ("harm", "benign")}
+
+    @property
     def calibration(self) -> dict[str, tuple[list[TokenSequence], list[TokenSequence]]]:
-        """Keys "harm" and "benign" -> (found, held-out) sequences."""
-        return {kind: read_calibration(self, kind) for kind in ("harm", "benign")}
+        """Keys "harm" and "benign" -> (found, held-out) sequences of all their tasks."""
+        return {
+            kind: ([s for task in tasks for s in task.found], [s for task in tasks for s in task.held])
+            for kind, tasks in self.tasks.items()
+        }
+
+    @property
+    def weights(self) -> dict[str, dict[str, float]] | None:
+        """Keys "harm" and "benign" -> task's name -> w_t; None without data."""
+        calibration = self.config.calibration
+        if calibration is None:
+            return None
+        return {kind: {task.name: task.weight for task in calibration.tasks(kind)} for kind in ("harm", "benign")}
 
     def curvature(self, parameters: FisherParameters) -> Curvature:
         """Fishers of every module that the patch changes: remembered, else from `fisher_dir`, else collected.
@@ -180,18 +211,38 @@ class Problem:
         Raises:
             ValueError: Data, memory, or what is in `fisher_dir`, do not allow it.
         """
-        coordinates, representation = parameters.collected
+        coordinates, wanted = parameters.collected
         collection = coordinates, parameters.patch, *parameters.weighted_points, parameters.samples, parameters.seed
-        for known in SERVES[representation]:
-            if (collection, known) in self._curvature:
-                return self._curvature[collection, known]
+        for (known, kept), curvature in self._curvature.items():
+            if known == collection and serves(kept, wanted):
+                return curvature
         curvature = self._collect(parameters)
-        self._curvature[collection, representation] = curvature
+        self._curvature[collection, wanted] = curvature
         return curvature
+
+    def curvature_at(
+        self, parameters: FisherParameters, step: int, origin: Mapping[str, Tensor], patch: Mapping[str, Tensor]
+    ) -> Curvature:
+        """Fishers where a later step of a merge begins, in core coordinates: from `fisher_dir`, else collected.
+
+        Args:
+            parameters: As for `curvature`.
+            step: How many steps were made.
+            origin: Module name -> core of θ_j − θ_0, of every module.
+            patch: Module name -> core of the remaining patch τ_j.
+
+        Returns:
+            The statistics, with origin and patch as given; not remembered.
+
+        Raises:
+            ValueError: As for `curvature`.
+        """
+        place = Place(step, hash_cores(origin, patch))
+        return Curvature(origin, patch, self._statistics(parameters, self.bases, origin, patch, place))
 
     def _collect(self, parameters: FisherParameters) -> Curvature:
         """Bases, cores of the patch, and statistics."""
-        coordinates, representation = parameters.collected
+        coordinates, _ = parameters.collected
         bases, origin, patch = {}, {}, {}
         for name in self.names:
             utility, safety = self.updates(name)
@@ -202,23 +253,45 @@ class Problem:
         changed = {name: tau for name, tau in patch.items() if tau.any()}
         if not changed:
             raise ValueError("the patch is zero: the safety adapter changes nothing, or both adapters are the same")
-        folder = self._fisher_folder(parameters, changed if coordinates == "core" else {})
+        return Curvature(origin, changed, self._statistics(parameters, bases, origin, changed))
+
+    def _statistics(
+        self,
+        parameters: FisherParameters,
+        bases: Mapping[str, CoreBasis],
+        origin: Mapping[str, Tensor],
+        patch: Mapping[str, Tensor],
+        place: Place | None = None,
+    ) -> Statistics:
+        """Fishers at and near θ_0 + origin, from where they are kept, or collected."""
+        coordinates, representations = parameters.collected
+        folder = self._fisher_folder(parameters, patch if coordinates == "core" else {}, place)
         if folder is not None and folder.complete:
-            return Curvature(origin, changed, folder.statistics())
-        check_memory(self, {name: bases[name] for name in changed}, representation, coordinates)
+            return folder.statistics(self.weights)
+        groups = plan_memory(self, {name: bases[name] for name in patch}, representations, coordinates)
         if self.config.calibration.packing:
             check_packing(self.model, self.model_config.vocab_size)
-        settings = _collection_settings(parameters, self.config)
-        with Collector(self.model, bases, origin, changed, settings) as collector:
-            harm, benign = self.calibration["harm"], self.calibration["benign"]
-            return Curvature(origin, changed, collect_statistics(collector, harm, benign, folder))
+        settings = replace(_collection_settings(parameters, self.config), groups=groups)
+        title = "" if place is None else f"step {place.step + 1}, "
+        pullback = self._to_factors if coordinates == "factor" else None
+        with Collector(self.model, bases, origin, patch, settings, pullback) as collector:
+            return collect_statistics(collector, self.tasks["harm"], self.tasks["benign"], folder, title)
 
-    def _fisher_folder(self, parameters: FisherParameters, patch: Mapping[str, Tensor]) -> FisherFolder | None:
+    def _to_factors(self, name: str, rows: Tensor) -> Tensor:
+        """Gradients by ΔW of a module as gradients by the safety adapter's factors."""
+        return factor_gradients(rows, self.updates(name)[1])
+
+    def _fisher_folder(
+        self, parameters: FisherParameters, patch: Mapping[str, Tensor], place: Place | None
+    ) -> FisherFolder | None:
         """Where the statistics are kept, if anywhere; the patch shows whether they are in the same coordinates."""
-        path = self.config.fisher_dir
-        if path is None:
+        if self.config.fisher_dir is None:
             return None
-        folder = FisherFolder(path, fingerprint(self, parameters), self.config.device, patch)
+        known = fingerprint(self, parameters)
+        path = Path(self.config.fisher_dir)
+        if place is not None:
+            path, known = path / STEP_NAME.format(step=place.step, digest=place.digest), known | {"place": place.digest}
+        folder = FisherFolder(path, known, self.config.device, patch)
         if self.config.calibration is None and not folder.complete:
             raise ValueError(f"Fisher folder: {path} is not complete, and there is no `calibration` to go on with")
         return folder

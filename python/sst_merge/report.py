@@ -10,10 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .directions import ALL_MODULES, Directions
+from sst_kernels import Status
+from sst_kernels.result import REMEDIES
+
+from .counts import count_sequences, few_effective
+from .directions import Directions
 from .methods import Plan
+from .pencils import ALL_MODULES, named
 from .problem import Problem
 from .select import filtered_cores
+from .settings import KINDS, SstParameters
 
 _EQUAL = 1e-9  # what is kept may be all there is, but for rounding
 LIBRARIES = ("sst-merge", "torch", "transformers", "peft", "safetensors", "numpy")
@@ -31,52 +37,59 @@ def build_report(problem: Problem, plan: Plan, strengths: list[dict[str, Any]]) 
         JSON-ready. Units: gain, cost and slope are nats per sequence, of the filtered patch at α = 1 (they go with α²,
         α² and α); damping shares are in [0, 1]. Kept energy may exceed 1: the projector is orthogonal in the metric
         F_benign + γI, not in the Euclidean one. Modules and directions are those of the last α (only `budget` keeps
-        other directions at another α).
+        other directions at another α), and of the first step where there are several.
     """
     alpha = strengths[-1]["alpha"]
     summaries = {s["alpha"]: _pencils(plan, s["alpha"]) for s in strengths} if plan.directions else {}
     report = {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in LIBRARIES},
-        },
+        "versions": versions(),
         "base_model": problem.config.base_model,
         "utility": problem.config.utility.model,
         "safety": problem.config.safety.model,
         "merge_method": problem.config.merge_method,
         "modules": [_module(problem, plan, name, summaries.get(alpha, {})) for name in problem.names],
-        "strengths": [{**s, **_predictions(summaries.get(s["alpha"], {}), s["alpha"])} for s in strengths],
+        "strengths": [{**s, **_predictions(plan, summaries.get(s["alpha"], {}), s["alpha"])} for s in strengths],
         "remarks": problem.remarks,
         "warnings": [],
         "not_covered": _not_covered(problem),
     }
     if plan.curvature is not None:
         statistics, names = plan.curvature.statistics, plan.curvature.patch
-        points = sum(problem.config.parameters.weighted_points[1])
-        report["sequences"] = {
-            kind: {
-                part: round(getattr(statistics, field).count / points)
-                for part, field in (("found", kind), ("held_out", f"{kind}_held"))
-            }
-            for kind in ("harm", "benign")
-        }
+        report["sequences"] = {kind: count_sequences(statistics, kind) for kind in ("harm", "benign")}
+        report["warnings"] += few_effective(report["sequences"])
         report["fisher_trace"] = {
             kind: sum(float(getattr(statistics, kind).diagonal_of(name).sum()) for name in names)
             for kind in ("harm", "benign")
         }
         report["fisher_dir"] = problem.config.fisher_dir
+    if plan.walk is not None:
+        report["steps"] = [row for s in strengths for row in plan.walk(s["alpha"]).rows]
     if plan.directions:
         pencils = summaries[alpha]
         report["gamma"] = plan.gamma
+        report["fishers"] = {kind: _form(problem.config.parameters, plan, kind) for kind in KINDS}
         kept = plan.kept(alpha)
         report["directions"] = {label: _spectrum(d, kept[label]) for label, d in plan.directions.items()}
         report["survival"] = _survival(pencils)
-        report["warnings"] += _not_surviving(report["survival"])
+        report["warnings"] += _not_surviving(report["survival"]) + _not_converged(plan.directions)
         if ALL_MODULES in pencils:
             report["joint"] = {
                 key: value for key, value in pencils[ALL_MODULES].items() if key not in ("kept_energy", "held")
             }
     return report
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that a merge depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def _form(parameters: SstParameters, plan: Plan, kind: str) -> dict[str, Any]:
+    """How one Fisher stands in the pencils; s is that of the formula where it was asked for, over the pencils."""
+    form = parameters.form(kind)
+    intensities = [d.shrinkage[KINDS.index(kind)] for d in plan.directions.values()]
+    found = {"least": min(intensities), "mean": sum(intensities) / len(intensities), "most": max(intensities)}
+    return {"representation": form.representation, "target": form.target, "shrinkage": found}
 
 
 def _pencils(plan: Plan, alpha: float) -> dict[str, dict[str, Any]]:
@@ -146,19 +159,20 @@ def _mean(values: Tensor, weight: Tensor) -> float | None:
     return float((weight * values).sum()) / total if total > 0 else None
 
 
-def _predictions(pencils: Mapping[str, dict[str, Any]], alpha: float) -> dict[str, float]:
-    """What the quadratic model says a strength does, in nats per sequence."""
+def _predictions(plan: Plan, pencils: Mapping[str, dict[str, Any]], alpha: float) -> dict[str, float]:
+    """What the quadratic model says a strength does, in nats per sequence; of several steps, those along the way."""
     if not pencils:
         return {}
 
     def total(key: str) -> float:
         return sum(pencil[key] for pencil in pencils.values())
 
-    return {
+    predictions = {
         "predicted_kl": alpha**2 * total("kl"),
         "predicted_kl_unfiltered": alpha**2 * total("kl_full"),
         "predicted_refusal": alpha * total("slope"),
     }
+    return predictions if plan.walk is None else predictions | plan.walk(alpha).predictions
 
 
 def _survival(pencils: Mapping[str, dict[str, Any]]) -> dict[str, float | None]:
@@ -182,6 +196,19 @@ def _not_surviving(survival: dict[str, float | None]) -> list[str]:
         f"the kept directions do not survive: on held-out sequences their gain per cost is {kept:.3g}, that of the "
         f"whole patch {whole:.3g}. They are noise of the sequences they were found with: give more calibration "
         "examples, keep more (k, mu), or shrink (`shrinkage`)"
+    ]
+
+
+def _not_converged(directions: Mapping[str, Directions]) -> list[str]:
+    """A warning where the solver did not reach its tolerance."""
+    poor = {label: d.status for label, d in directions.items() if Status.CONVERGED.name not in d.status.split(", ")}
+    if not poor:
+        return []
+    label, status = next(iter(poor.items()))
+    reasons = "; ".join(text for bit, text in REMEDIES.items() if bit.name in status.split(", "))
+    return [
+        f"{len(poor)} of {len(directions)} pencils did not converge, first that of {named(label)} "
+        f"({status or 'no status'}): {reasons or 'their directions are approximate'}"
     ]
 
 

@@ -19,7 +19,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .directions import ALL_MODULES, Directions
+from .directions import Directions
+from .pencils import ALL_MODULES, named
 from .settings import SstParameters
 
 _BISECTIONS = 200
@@ -49,12 +50,14 @@ def kept_coefficients(directions: Mapping[str, Directions], settings: SstParamet
         mu = _median_gain(values) if settings.mu is None else settings.mu
         factors = {name: v / (v + mu) for name, v in values.items()}
     else:
-        counts = _counts(values, settings)
+        counts = _counts(directions, values, settings)
         factors = {name: (torch.arange(len(v), device=v.device) < counts[name]).to(v) for name, v in values.items()}
     return {name: factors[name] * d.coefficients for name, d in directions.items()}
 
 
-def _counts(values: Mapping[str, Tensor], settings: SstParameters) -> dict[str, int]:
+def _counts(
+    directions: Mapping[str, Directions], values: Mapping[str, Tensor], settings: SstParameters
+) -> dict[str, int]:
     """How many directions top_k and dof keep of each pencil."""
     if settings.select == "dof":
         mu = _median_gain(values) if settings.mu is None else settings.mu
@@ -62,19 +65,16 @@ def _counts(values: Mapping[str, Tensor], settings: SstParameters) -> dict[str, 
         if settings.scope == "module":
             return {name: _ceil(f) for name, f in freedom.items()}
         return _global_counts(values, _ceil(sum(freedom.values())))
+    # Where only λ > 0 were found the others are directions too, without gain; over all modules at once none is counted.
+    sizes = {name: len(d.values if name == ALL_MODULES else d.vectors) for name, d in directions.items()}
     if settings.scope == "module":
-        return {name: _count(settings.k, len(v), _named(name)) for name, v in values.items()}
-    return _global_counts(values, settings.k)
+        return {name: _count(settings.k, n, named(name)) for name, n in sizes.items()}
+    return _global_counts(values, _count(settings.k, sum(sizes.values()), "the model"))
 
 
 def _ceil(freedom: float) -> int:
     """⌈N_μ⌉, rounding aside."""
     return math.ceil(freedom * (1 - 1e-12))
-
-
-def _named(name: str) -> str:
-    """A pencil in an error message."""
-    return ALL_MODULES if name == ALL_MODULES else f"module {name!r}"
 
 
 def _median_gain(values: Mapping[str, Tensor]) -> float:
@@ -100,11 +100,11 @@ def _ranked(values: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(list(values.values())).argsort(descending=True, stable=True)
 
 
-def _global_counts(values: Mapping[str, Tensor], k: int | float) -> dict[str, int]:
+def _global_counts(values: Mapping[str, Tensor], k: int) -> dict[str, int]:
     """How many of the k largest λ over all pencils fall into each."""
     ranked = _ranked(values)
     kept = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
-    kept[ranked[: _count(k, len(ranked), "the model")]] = True
+    kept[ranked[:k]] = True
     return {name: int(part.sum()) for name, part in _split(kept, values).items()}
 
 

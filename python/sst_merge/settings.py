@@ -1,13 +1,17 @@
-"""Settings of a merge, every default in one place; `config` reads them from YAML and checks them."""
+"""Settings of a merge and of SST, with their defaults; `config` reads them from YAML and checks them."""
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
 
 ROLES = ("utility", "safety")
+KINDS = ("harm", "benign")
+"""Of data, and of the Fishers that they give."""
 
 
 @dataclass(frozen=True)
@@ -19,30 +23,6 @@ class AlphaParameters:
     """
 
     alpha: float | tuple[float, ...] = 1.0
-
-
-@dataclass(frozen=True)
-class TiesParameters(AlphaParameters):
-    """TIES; α is its scale λ.
-
-    Attributes:
-        density: Share of entries each task keeps.
-    """
-
-    density: float = 0.2
-
-
-@dataclass(frozen=True)
-class DareParameters(AlphaParameters):
-    """DARE.
-
-    Attributes:
-        drop: Probability of dropping an entry.
-        seed: Of the masks.
-    """
-
-    drop: float = 0.5
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,9 +46,9 @@ class FisherParameters(AlphaParameters):
     seed: int = 0
 
     @property
-    def collected(self) -> tuple[str, str]:
-        """Coordinates ("core" or "weight") and representation ("exact", "gram" or "diagonal") of the Fishers."""
-        return "core", "exact"
+    def collected(self) -> tuple[str, tuple[str, str]]:
+        """Coordinates ("core" or "weight"), and what sums keep (`sums.FisherSums`) of harmful and of benign data."""
+        return "core", ("exact", "exact")
 
     @property
     def weighted_points(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -81,153 +61,70 @@ class FisherParameters(AlphaParameters):
 
 
 @dataclass(frozen=True)
+class FisherForm:
+    """How one of the two Fishers stands in the pencil.
+
+    Attributes:
+        representation: "exact", "gram", "diagonal", or "kfac" or "ekfac" with "_expand" or "_reduce".
+        shrinkage: s in [0, 1], or "ledoit_wolf".
+        target: "diagonal" or "kronecker".
+    """
+
+    representation: str
+    shrinkage: float | str
+    target: str
+
+    @property
+    def collected(self) -> str:
+        """What sums must keep for it: EK-FAC has its eigenvalues from the exact Fisher."""
+        return "exact" if self.representation.startswith("ekfac") else self.representation
+
+
+@dataclass(frozen=True)
 class SstParameters(FisherParameters):
     """SST in core coordinates; see `select`.
 
     Attributes:
-        fisher: "exact" or "diagonal", a pencil a module; or "gram", one pencil over all modules.
-        shrinkage: s in [0, 1], towards the diagonal; with "gram" of F_benign alone.
+        fisher: "exact", "kfac", "ekfac" or "diagonal", a pencil a module; or "gram", curvature across modules. One for
+            both Fishers, or {harm: …, benign: …}.
+        approximation: Of "kfac" and "ekfac": "expand" (over tokens) or "reduce" (over sequences).
+        shrinkage: s in [0, 1], F ← (1−s)F + s·target; or "ledoit_wolf", by formula from the spread of the sequences
+            (of "exact" and "gram"). One for both Fishers, or {harm: …, benign: …}.
+        shrinkage_target: "diagonal", or "kronecker", the nearest Kronecker product. One, or {harm: …, benign: …}.
         damping: ε > 0, in units of the mean diagonal of F_benign.
         select: "top_k", "soft", "dof", "budget" or "signed".
         k: Count (integer) or share (float in (0, 1]) of directions that top_k keeps.
         scope: Of top_k and dof: "module", k in every module; or "global", k over all modules by one ranking.
         mu: μ > 0 of soft and dof; the median λ when null.
         rho: ρ > 0 of budget and signed, nats per sequence: what the merged patch may cost, ½φᵀBφ.
+        steps: n; with more than one, the merge is made in n steps, Fishers taken afresh where each begins: a
+            collection for every strength and every step but the first.
     """
 
-    fisher: str = "exact"
-    shrinkage: float = 0.0
+    fisher: str | dict = "exact"
+    approximation: str = "expand"
+    shrinkage: float | str | dict = 0.0
+    shrinkage_target: str | dict = "diagonal"
     damping: float = 1.0
     select: str = "top_k"
     k: int | float = 0.05
     scope: str = "module"
     mu: float | None = None
     rho: float | None = None
+    steps: int = 1
+
+    def form(self, kind: str) -> FisherForm:
+        """How the Fisher of "harm" or "benign" stands in the pencil."""
+        given = {name: getattr(self, name) for name in ("fisher", "shrinkage", "shrinkage_target")}
+        defaults = {name: type(self).__dataclass_fields__[name].default for name in given}
+        own = {n: v.get(kind, defaults[n]) if isinstance(v, dict) else v for n, v in given.items()}
+        suffix = f"_{self.approximation}" if own["fisher"] in ("kfac", "ekfac") else ""
+        return FisherForm(own["fisher"] + suffix, own["shrinkage"], own["shrinkage_target"])
 
     @property
-    def collected(self) -> tuple[str, str]:
-        """Core coordinates, and the representation that `fisher` names."""
-        return "core", self.fisher
-
-
-@dataclass(frozen=True)
-class DiagonalFisherParameters(FisherParameters):
-    """What every method of diagonal Fishers takes.
-
-    Attributes:
-        coordinates: "weight", of ΔW; or "core".
-    """
-
-    coordinates: str = "weight"
-
-    @property
-    def collected(self) -> tuple[str, str]:
-        """Diagonals in the coordinates asked for."""
-        return self.coordinates, "diagonal"
-
-
-@dataclass(frozen=True)
-class DiagonalSstParameters(DiagonalFisherParameters):
-    """Diagonal SST with the authors' masks.
-
-    Attributes:
-        mask: "hard" keeps the top share of r = f_harm/(f_benign + ε); "soft" weights by r/max r.
-        share: Share of coordinates a hard mask keeps, per tensor.
-        epsilon: ε, in units of the mean of f_benign over all modules.
-    """
-
-    mask: str = "hard"
-    share: float = 0.25
-    epsilon: float = 0.1
-
-
-@dataclass(frozen=True)
-class DataFreeParameters(AlphaParameters):
-    """SST-V and SST-M: masks from the weights alone.
-
-    Attributes:
-        patch: "additive", Δ_u + α m⊙Δ_s; or "interpolate", Δ_u + α m⊙(Δ_s − Δ_u).
-        mask: "hard" keeps the top share of r; "soft" weights by r/max r.
-        share: Share of entries a hard mask keeps, per tensor.
-        epsilon: ε, in units of the mean over all modules of what it is added to: Δ_u² (SST-V), |θ_u| (SST-M).
-    """
-
-    patch: str = "additive"
-    mask: str = "hard"
-    share: float = 0.25
-    epsilon: float = 0.1
-
-
-@dataclass(frozen=True)
-class SingleFisherParameters(FisherParameters):
-    """Single-Fisher projection, (I − QQᵀ)Δ_u + αQQᵀΔ_s.
-
-    Attributes:
-        patch: Where the path of F_harm ends: "interpolate" at θ_s, and every module is reached; "additive" at
-            θ_0 + Δ_u + Δ_s, and modules that Δ_s does not change are left as they are.
-        k: Count (integer) or share (float in (0, 1]) of F_harm's eigenvectors in Q, per module; at most its rank.
-    """
-
-    patch: str = "interpolate"
-    k: int | float = 0.05
-
-
-@dataclass(frozen=True)
-class TsvParameters(AlphaParameters):
-    """TSV-Merge; α scales the merged update, as in the source.
-
-    Attributes:
-        share: Share of each update's singular triples kept where both adapters change a tensor: 1/T for T = 2 tasks.
-    """
-
-    share: float = 0.5
-
-
-@dataclass(frozen=True)
-class SubspaceBoostingParameters(AlphaParameters):
-    """Subspace boosting of Δ_u + Δ_s; α scales the boosted update, as in the source.
-
-    Attributes:
-        beta: β in [0, 1]: singular values below the one at which this share of their sum is reached are raised to it.
-    """
-
-    beta: float = 0.01
-
-
-@dataclass(frozen=True)
-class FisherAveragingParameters(DiagonalFisherParameters):
-    """Fisher averaging; α is the safety model's coefficient, 1 − α the utility model's.
-
-    Attributes:
-        alpha: α in [0, 1].
-        patch: Where the path of the Fishers ends: "interpolate" at θ_s; "additive" at θ_0 + Δ_u + Δ_s.
-        points: t of the points, 0 at θ_u; each Fisher is the mean over them.
-        epsilon: Entries of a Fisher below ε times its mean over all modules are raised to that.
-    """
-
-    alpha: float | tuple[float, ...] = 0.5
-    patch: str = "interpolate"
-    points: tuple[float, ...] = (0.0, 1.0)
-    epsilon: float = 1e-6
-
-
-METHOD_PARAMETERS: dict[str, type[AlphaParameters]] = {
-    "sst": SstParameters,
-    "task_arithmetic": AlphaParameters,
-    "interpolation": AlphaParameters,
-    "ties": TiesParameters,
-    "dare": DareParameters,
-    "diagonal_sst": DiagonalSstParameters,
-    "sst_v": DataFreeParameters,
-    "sst_m": DataFreeParameters,
-    "single_fisher": SingleFisherParameters,
-    "tsv": TsvParameters,
-    "subspace_boosting": SubspaceBoostingParameters,
-    "fisher_averaging": FisherAveragingParameters,
-}
-
-AVERAGES = ("interpolation", "fisher_averaging")
-"""Methods whose α is a share, at most 1."""
+    def collected(self) -> tuple[str, tuple[str, str]]:
+        """Core coordinates, and what the representations that `fisher` names are made of."""
+        return "core", (self.form("harm").collected, self.form("benign").collected)
 
 
 @dataclass(frozen=True)
@@ -244,12 +141,27 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
+class TaskRef:
+    """One of several sets of calibration data of a kind.
+
+    Attributes:
+        data: JSONL.
+        weight: w_t > 0 of F = Σ_t w_t F_t, and of what is measured: weights that sum to 1 keep nats per sequence.
+        name: Of the task, in the report and in the folder of statistics; the file's without its ending when null.
+    """
+
+    data: str
+    weight: float = 1.0
+    name: str | None = None
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Calibration data.
 
     Attributes:
-        harm: JSONL of forbidden prompts with refusals.
-        benign: JSONL of prompts with answers that should not change.
+        harm: JSONL of forbidden prompts with refusals; or a list of tasks, each {data, weight, name}.
+        benign: JSONL of prompts with answers that should not change; or a list of tasks.
         max_length: Longer sequences are cut.
         batch_size: Sequences a forward pass; rows, when they are packed.
         held_out: Share kept apart to judge directions by.
@@ -258,14 +170,24 @@ class Calibration:
         tokenizer: Whose tokenizer and chat template are used: "base", or a role whose adapter's folder has one.
     """
 
-    harm: str
-    benign: str
+    harm: str | tuple[TaskRef, ...]
+    benign: str | tuple[TaskRef, ...]
     max_length: int = 512
     batch_size: int = 8
     held_out: float = 0.25
     packing: bool = False
     max_new_tokens: int = 64
     tokenizer: str = "base"
+
+    def tasks(self, kind: str) -> tuple[TaskRef, ...]:
+        """The tasks of a kind, "harm" or "benign"; a path alone is one task with the name ""."""
+        given = getattr(self, kind)
+        return (TaskRef(given, name=""),) if isinstance(given, str) else given
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file of data."""
+        return tuple(task.data for kind in ("harm", "benign") for task in self.tasks(kind))
 
 
 @dataclass(frozen=True)
@@ -297,7 +219,7 @@ class Config:
         base_model: Folder of the base model, or its name in the local cache.
         utility: The adapter whose ability is to be kept.
         safety: The adapter whose refusals are wanted.
-        merge_method: A key of `METHOD_PARAMETERS`.
+        merge_method: A key of `method_settings.METHOD_PARAMETERS`.
         parameters: Of that method.
         calibration: Data, for the methods that collect Fishers.
         output: How to write.
@@ -310,6 +232,8 @@ class Config:
         download: Let the model library reach the network for `base_model`.
         fisher_dir: Folder of statistics: used if they are there, gone on with if they are there in part, else written.
         tune: Choose ε, shrinkage, k or μ, and α on the held-out sequences; see `tune`.
+        memory: What the estimate of a process' memory on `device` may come to: 20GiB, 500MB, or bytes; null is what is
+            available. Statistics that do not fit are collected in groups of modules, each by its own passes.
     """
 
     base_model: str
@@ -327,6 +251,18 @@ class Config:
     download: bool = False
     fisher_dir: str | None = None
     tune: bool = False
+    memory: str | int | None = None
+
+    @property
+    def memory_bytes(self) -> float:
+        """`memory` in bytes, infinite where there is none; ValueError if it is no size."""
+        if self.memory is None:
+            return math.inf
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]i?)?B?\s*", str(self.memory))
+        if found is None:
+            raise ValueError(f"memory: expected a size such as 20GiB, 500MB or a number of bytes, got {self.memory!r}")
+        number, unit = found.groups(default="")
+        return float(number) * (1024 if unit.endswith("i") else 1000) ** " KMGT".index(unit[:1] or " ")
 
     @property
     def alphas(self) -> tuple[float, ...]:

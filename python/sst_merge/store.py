@@ -1,19 +1,17 @@
 """Statistics on disk: sums and counts in safetensors, with the fingerprint of the run that gathers them.
 
-A folder holds `fisher.json`, the fingerprint, and a file for each field of `Statistics`, with how far it has come in
-its metadata. Every file is written beside its place and renamed into it, so that a run killed at any moment leaves a
-folder that the next one goes on with.
+A folder holds `fisher.json`, the fingerprint, and a file for each field of `Statistics` and task, with how far it has
+come in its metadata: `harm.safetensors`, or `harm-NAME.safetensors` where the tasks have names. Every file is written
+beside its place and renamed into it, so that a run killed at any moment leaves a folder that the next one goes on with.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +19,42 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import atomic
+from . import atomic, distributed
 from .data import TokenSequence
+from .mixture import KINDS, mix_parts, part_name
+from .part_files import PIECES, begun_pieces, shares
 from .sums import FisherSums, Statistics
 
 FINGERPRINT_NAME = "fisher.json"
 PATCH_NAME = "patch.safetensors"
 ANSWERS_NAME = "answers-{kind}-{digest}.json"
 PARTS = tuple(f.name for f in fields(Statistics))
+STEP_NAME = "step-{step}-{digest}"
 SAVE_EVERY = 4  # batches
 SAVE_SHARE = 10  # a save waits until this many times what the last one took has passed
 
-SERVES = {"exact": {"exact", "gram"}, "gram": {"gram"}, "diagonal": {"diagonal", "exact", "gram"}}
+SERVES = {
+    "exact": {"exact", "gram"},
+    "gram": {"gram"},
+    "diagonal": {"diagonal", "exact", "gram"},
+    **{name: {name, "exact", "gram"} for name in ("kfac_expand", "kfac_reduce")},
+}
 """Representation wanted -> those it can be had from."""
 
+
+def serves(known: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether what is kept of harmful and of benign data will do for what is wanted of each."""
+    return all(one in SERVES[other] for one, other in zip(known, wanted, strict=True))
+
+
 _LEFT = (".*.new", ".tmp*")  # by a process that was killed while it wrote: our names, and safetensors' own
+_BESIDE = (
+    ANSWERS_NAME.format(kind="*", digest="*"),
+    STEP_NAME.format(step="*", digest="*"),
+    *(f"{part}-*.safetensors" for part in PARTS),
+    *PIECES,
+    *_LEFT,
+)
 _SAME_PATCH = 1e-4  # relative to the largest core: rounding is far below, another basis far above
 
 
@@ -45,12 +64,12 @@ class Progress:
 
     Attributes:
         sums: What is there.
-        batches: How many batches, over all points, are in it.
+        batches: The numbers of the batches, over all points, that are in it; none where it is complete.
         complete: Whether that is all of them.
     """
 
     sums: FisherSums
-    batches: int
+    batches: Collection[int]
     complete: bool
 
 
@@ -79,12 +98,13 @@ class FisherFolder:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self._waited, self._saved_at, self._took = 0, time.monotonic(), 0.0
         _refuse_foreign(self.path)
-        if any(self._file(part).is_file() for part in PARTS):
+        if self._begun:
             wanted, self.fingerprint = self.fingerprint, read_fingerprint(self.path)
             _check_same(self.path, self.fingerprint, wanted, complete=self.complete)
             self._check_patch()
-        for left in (left for pattern in _LEFT for left in self.path.glob(pattern)):
-            left.unlink()
+        if distributed.first():
+            for left in (left for pattern in _LEFT for left in self.path.glob(pattern)):
+                left.unlink()
 
     def _check_patch(self) -> None:
         """ValueError if the statistics are in other coordinates than the patch is here."""
@@ -105,15 +125,58 @@ class FisherFolder:
         return self.path / f"{part}.safetensors"
 
     @property
+    def tasks(self) -> dict[str, tuple[str, ...]]:
+        """Keys "harm" and "benign" -> names of their tasks; ("",) where there is one without a name."""
+        return tasks_of(self.fingerprint)
+
+    @property
     def complete(self) -> bool:
         """Whether every part is there to its end."""
-        return all(self._file(part).is_file() and self._metadata(part)["complete"] for part in PARTS)
+        return all(
+            self._is_complete(part_name(field, task)) for field, kind in KINDS.items() for task in self.tasks[kind]
+        )
+
+    def _is_complete(self, part: str) -> bool:
+        """Whether a part is there to its end, in one file or in those of all its groups."""
+        names = begun_pieces(self.path, part) or [part]
+        return all(self._file(name).is_file() and self._metadata(name)["complete"] for name in names)
+
+    def batches_done(self, part: str, total: int) -> int:
+        """How many of the `total` batches of a part are in what is there of it."""
+        if self._is_complete(part):
+            return total
+        done = self.batches(part)
+        return done if isinstance(done, int) else len(done)
+
+    def groups(self, part: str, wanted: int) -> int:
+        """In how many groups of modules a part is gone on with: those it was begun in, if they are as small.
+
+        Args:
+            part: Its name, from `part_name`.
+            wanted: How many groups memory asks for, 0 if sums need not be left in the folder.
+
+        Returns:
+            The number; 0 if the part is there to its end.
+
+        Raises:
+            ValueError: It was begun in fewer groups.
+        """
+        if self._is_complete(part):
+            return 0
+        whole = self._file(part).is_file() or bool(shares(self.path, part))
+        begun = len(begun_pieces(self.path, part)) or int(whole)
+        if 0 < begun < wanted:
+            raise ValueError(
+                f"Fisher folder: {part} was begun in groups of modules, {begun} in number, and memory now asks for "
+                f"{wanted}: give it more, or remove {self.path}"
+            )
+        return begun if begun > 1 else wanted
 
     def load(self, part: str, sums: FisherSums | None = None) -> Progress | None:
         """What is there of a part.
 
         Args:
-            part: A field of `Statistics`.
+            part: Its name, from `part_name`, or that of a `share` or group of it.
             sums: Empty sums with room for all rows; None for a part that is complete.
 
         Returns:
@@ -124,19 +187,41 @@ class FisherFolder:
         """
         file = self._file(part)
         if not file.is_file():
-            return None
+            return self._load_pieces(part)
         metadata = self._metadata(part)
         if metadata["complete"] and not metadata["count"] > 0:
             raise ValueError(f"Fisher folder: {file} sums over {metadata['count']} sequences; collect it again")
         with safe_open(file, framework="pt", device=self.device) as tensors:
             loaded = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
         sums = FisherSums(metadata["representation"]) if sums is None else sums
-        sums.load(loaded, metadata["count"])
-        return Progress(sums, metadata["batches"], metadata["complete"])
+        count = metadata["count"]  # alone in folders from before there were weights
+        sums.load(loaded, (count, metadata.get("sequences", count), metadata.get("squares", count)))
+        batches = metadata["batches"]
+        return Progress(sums, range(batches) if isinstance(batches, int) else batches, metadata["complete"])
 
-    def statistics(self) -> Statistics:
-        """All parts of a complete collection."""
-        return Statistics(**{part: self.load(part).sums for part in PARTS})
+    def _load_pieces(self, part: str) -> Progress | None:
+        """A part that was collected in groups, once all are there."""
+        pieces = begun_pieces(self.path, part)
+        if not pieces or not self._is_complete(part):
+            return None
+        loaded = [self.load(piece).sums for piece in pieces]
+        sums = FisherSums(loaded[0].representation)
+        sums.load({key: tensor for each in loaded for key, tensor in each.tensors().items()}, loaded[0].counts)
+        return Progress(sums, (), True)
+
+    def statistics(self, weights: Mapping[str, Mapping[str, float]] | None = None) -> Statistics:
+        """All parts of a complete collection.
+
+        Args:
+            weights: "harm" and "benign" -> task's name -> w_t; None takes every task, of weight 1.
+
+        Returns:
+            F = Σ_t w_t F_t of the tasks named.
+        """
+        if weights is None:
+            weights = {kind: dict.fromkeys(tasks, 1.0) for kind, tasks in self.tasks.items()}
+        wanted = [(field, task) for field, kind in KINDS.items() for task in weights[kind]]
+        return mix_parts({(field, task): self.load(part_name(field, task)).sums for field, task in wanted}, weights)
 
     def _metadata(self, part: str) -> dict[str, Any]:
         """How far a part has come, from its file's header; ValueError if it is damaged or not of this folder."""
@@ -153,13 +238,13 @@ class FisherFolder:
             )
         return metadata
 
-    def save_now_and_then(self, part: str, sums: FisherSums, batches: int) -> None:
+    def save_now_and_then(self, part: str, sums: FisherSums, batches: Collection[int]) -> None:
         """Save a part after a batch, if `SAVE_EVERY` batches have come and saving is not a tenth of the work.
 
         Args:
-            part: A field of `Statistics`.
+            part: Its name, or that of a `share` of it.
             sums: So far.
-            batches: How many batches are in them.
+            batches: The numbers of the batches in them.
         """
         self._waited += 1
         now = time.monotonic()
@@ -169,13 +254,13 @@ class FisherFolder:
         self._waited, self._saved_at = 0, time.monotonic()
         self._took = self._saved_at - now
 
-    def save(self, part: str, sums: FisherSums, batches: int | None = None) -> None:
+    def save(self, part: str, sums: FisherSums, batches: Collection[int] | None = None) -> None:
         """Replace the file of a part.
 
         Args:
-            part: A field of `Statistics`.
+            part: Its name, or that of a `share` of it.
             sums: So far.
-            batches: How many batches are in them; None when complete.
+            batches: The numbers of the batches in them; None when complete.
 
         Raises:
             OSError: It cannot be written (disk full, …); the earlier file stays.
@@ -183,18 +268,39 @@ class FisherFolder:
         metadata = {
             "representation": sums.representation,
             "count": sums.count,
-            "batches": batches or 0,
+            "sequences": sums.sequences,
+            "squares": sums.squares,
+            "batches": _counted(batches or ()),
             "complete": batches is None,
             "run": _digest(self.fingerprint),
         }
+        whole, _, share = part.rpartition(".")
+        if share.startswith("rank"):
+            metadata["after"] = self.batches(whole)
         tensors = {key: tensor.contiguous() for key, tensor in sums.tensors().items()}
-        self._begin()
+        self.begin()
         with atomic.replace_file(self._file(part)) as fresh:
             atomic.save_tensors(fresh, tensors, {"sst_merge": json.dumps(metadata)})
 
-    def _begin(self) -> None:
+    def after(self, share: str) -> int | list[int]:
+        """What `batches` said of the part when a share of it was begun."""
+        return self._metadata(share)["after"]
+
+    def batches(self, part: str) -> int | list[int]:
+        """Which batches are in a part's file: how many, the first ones, or their numbers; -1 for all."""
+        if not self._file(part).is_file():
+            return 0
+        metadata = self._metadata(part)
+        return -1 if metadata["complete"] else metadata["batches"]
+
+    @property
+    def _begun(self) -> bool:
+        """Whether there is any sum."""
+        return any(any(self.path.glob(f"{part}{end}.safetensors")) for part in PARTS for end in ("", ".*", "-*"))
+
+    def begin(self) -> None:
         """Make the folder, before the first part is saved."""
-        if any(self._file(part).is_file() for part in PARTS):
+        if self._begun:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         if self.patch:
@@ -203,16 +309,25 @@ class FisherFolder:
         atomic.write_text(self.path / FINGERPRINT_NAME, json.dumps(self.fingerprint, indent=1) + "\n")
 
 
+def _counted(batches: Collection[int]) -> int | list[int]:
+    """Numbers of batches as JSON: how many, where they are the first ones."""
+    numbers = sorted(batches)
+    return len(numbers) if numbers == list(range(len(numbers))) else numbers
+
+
 def _refuse_foreign(path: Path) -> None:
     """ValueError if a folder exists and holds anything but statistics."""
     if not path.exists():
         return
     ours = {FINGERPRINT_NAME, PATCH_NAME, *(f"{part}.safetensors" for part in PARTS)}
-    if not path.is_dir() or any(
-        file.name not in ours and not any(map(file.match, (ANSWERS_NAME.format(kind="*", digest="*"), *_LEFT)))
-        for file in path.iterdir()
-    ):
+    if not path.is_dir() or any(file.name not in ours and not any(map(file.match, _BESIDE)) for file in path.iterdir()):
         raise ValueError(f"Fisher folder: {path} exists and holds other things; name a new or empty folder")
+
+
+def tasks_of(fingerprint: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Keys "harm" and "benign" -> names of the tasks whose data a fingerprint lists; ("",) where it lists none."""
+    parts = [part.partition("-") for part in fingerprint.get("data", {})]
+    return {kind: tuple(task for field, _, task in parts if field == kind) or ("",) for kind in ("harm", "benign")}
 
 
 def load_answers(file: Path) -> list[TokenSequence]:
@@ -269,7 +384,7 @@ def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any],
     if complete:
         wanted.pop("batches", None)  # a matter of speed, once all is summed
         known = {key: value for key, value in known.items() if key in wanted}  # without data here, none to compare
-        if known["representation"] in SERVES[wanted["representation"]]:
+        if serves(_pair(known["representation"]), _pair(wanted["representation"])):
             wanted["representation"] = known["representation"]
     ours, theirs = wanted.pop("data", {}), known.pop("data", {})
     differences = _differences(known, wanted)
@@ -284,6 +399,13 @@ def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any],
         )
 
 
+def _pair(representation: str | Mapping[str, str]) -> tuple[str, str]:
+    """Representations of harmful and of benign data, as a fingerprint has them."""
+    if isinstance(representation, str):
+        return representation, representation
+    return representation["harm"], representation["benign"]
+
+
 def _differences(known: Any, wanted: Any, where: str = "") -> list[str]:
     """'key: there …, wanted …' for every leaf that differs."""
     if isinstance(known, Mapping) and isinstance(wanted, Mapping):
@@ -296,51 +418,3 @@ def _short(value: Any) -> str:
     """A value, hashes cut to what tells them apart."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
-
-
-def add_folders(parts: Sequence[str | Path], out: str | Path) -> None:
-    """Sums over the sequences of several complete collections, as a new folder.
-
-    Args:
-        parts: Two folders or more, collected by equal models and settings from different data.
-        out: The folder to write; it appears whole or not at all.
-
-    Raises:
-        ValueError: A part is incomplete, or of other models, settings or normalisation, or has data of another.
-    """
-    folders = [Path(part) for part in parts]
-    if len(folders) < 2:
-        raise ValueError(f"fisher --add: expected two folders or more, got {len(folders)}")
-    if Path(out).exists():
-        raise ValueError(f"fisher --add: {out} exists already; name a new folder for the sum")
-    fingerprints = [read_fingerprint(folder) for folder in folders]
-    data = {part: [s for known in fingerprints for s in known["data"][part]] for part in fingerprints[0]["data"]}
-    for kind in ("harm", "benign"):
-        _refuse_overlap(kind, [set(known["data"][kind] + known["data"][f"{kind}_held"]) for known in fingerprints])
-    total = {**fingerprints[0], "data": data}
-    patch = load_file(folders[0] / PATCH_NAME) if (folders[0] / PATCH_NAME).is_file() else {}
-    opened = [
-        FisherFolder(path, {**total, "data": known["data"]}, patch=patch)
-        for path, known in zip(folders, fingerprints, strict=True)
-    ]
-    for folder in opened:
-        if not folder.complete:
-            raise ValueError(f"fisher --add: {folder.path} is not complete; finish it with `sst-merge fisher`")
-    with atomic.replace_dir(out) as fresh:
-        written = FisherFolder(fresh, total, patch=patch)
-        for part in PARTS:
-            sums = opened[0].load(part).sums
-            for other in opened[1:]:
-                sums = sums.merged(other.load(part).sums)
-            written.save(part, sums)
-        for file in (file for folder in folders for file in folder.glob(ANSWERS_NAME.format(kind="*", digest="*"))):
-            shutil.copyfile(file, fresh / file.name)
-
-
-def _refuse_overlap(kind: str, parts: Sequence[set[str]]) -> None:
-    """ValueError if two collections hold the same sequence."""
-    for first, second in combinations(parts, 2):
-        if common := first & second:
-            raise ValueError(
-                f"fisher --add: {len(common)} sequences of {kind} are in two of the folders, and would count twice"
-            )

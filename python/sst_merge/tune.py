@@ -7,13 +7,15 @@ The rule: of all candidates, take the one with the least
 nats per sequence, the first mean over held-out harmful prompts with their refusals, the second over held-out benign
 sequences: answer as the safety data say where they speak, and as the utility model does elsewhere. Both are measured on
 the merged model itself, not predicted. The search goes through the parameters one after another, every strength α with
-each value, keeps the best so far, and ends with a round that changes nothing.
+each value, keeps the best so far, and ends with a round that changes nothing. Shrinkage has three turns: one intensity
+for both Fishers (and the formula's), then each Fisher's own, one step of the grid up or down, then the other target.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from .directions import find_directions
 from .held_out import HeldOut, Merged, measure
 from .methods import Plan, sst_plan
 from .problem import Problem
-from .settings import SstParameters
+from .settings import KINDS, SstParameters
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 SIZES = {"top_k": "k", "soft": "mu", "dof": "mu", "budget": "rho", "signed": "rho"}
@@ -68,7 +70,7 @@ def tune(problem: Problem, parameters: SstParameters) -> Tuning:
     Returns:
         What was found.
 
-    Cost: about 20 to 50 settings; each solves the pencils if ε or shrinkage is new, and takes len(ALPHAS) forward
+    Cost: about 25 to 60 settings; each solves the pencils if ε or shrinkage is new, and takes len(ALPHAS) forward
     passes over the held-out sequences.
     """
     with tqdm(desc="tune", unit="setting", leave=False) as bar:
@@ -76,9 +78,11 @@ def tune(problem: Problem, parameters: SstParameters) -> Tuning:
         best = search.best(parameters)
         for _ in range(_ROUNDS):
             before = best
-            for name in (SIZES[best.select], "damping", "shrinkage"):
+            for name in (SIZES[best.select], "damping"):
                 tried = [search.best(replace(best, **{name: value})) for value in search.grid(best, name)]
                 best = min([best, *tried], key=search.loss)
+            for turn in (_same_intensities, _own_intensities, _other_target):
+                best = min([best, *(search.best(candidate) for candidate in turn(best))], key=search.loss)
             if best == before:
                 break
     return Tuning(best, list(search.rows.values()), search.rows[repr(best)])
@@ -102,8 +106,8 @@ class _Search:
         return objective if math.isfinite(objective) else math.inf
 
     def plan(self, settings: SstParameters) -> Plan:
-        """The merge by these settings; pencils are solved anew only for another ε or shrinkage."""
-        key = settings.fisher, settings.damping, settings.shrinkage
+        """The merge by these settings; pencils are solved anew only for another ε or form of a Fisher."""
+        key = settings.form("harm"), settings.form("benign"), settings.damping
         if self._solved[0] != key:
             curvature = self.problem.curvature(settings)
             self._solved = key, (curvature, *find_directions(curvature.statistics, curvature.patch, settings))
@@ -120,7 +124,7 @@ class _Search:
             whole = 0.5 * sum(d.cost_full for d in directions)
             tried = [float(f"{share * whole:.3g}") for share in _COSTS]
         else:
-            tried = list({"k": _SHARES, "damping": _DAMPING, "shrinkage": _SHRINKAGE}[name])
+            tried = list({"k": _SHARES, "damping": _DAMPING}[name])
         present = getattr(settings, name)
         return tried if present is None or present in tried else [*tried, present]
 
@@ -142,7 +146,56 @@ class _Search:
         return Merged(updates, plan.merged_biases(problem, alpha))
 
 
+def _shrinkable(settings: SstParameters) -> list[str]:
+    """The Fishers that shrinkage changes; F_harm of "gram" keeps its rows, whose N × N problem a search can afford."""
+    forms = {kind: settings.form(kind) for kind in KINDS}
+    own = {"diagonal": "diagonal", "kronecker": "kfac"}
+    return [
+        kind
+        for kind, form in forms.items()
+        if form.representation.partition("_")[0] != own[form.target] and (kind, form.representation) != ("harm", "gram")
+    ]
+
+
+def _with_intensities(settings: SstParameters, values: Mapping[str, float | str]) -> SstParameters:
+    """The settings with these intensities; written as one where both Fishers have the same."""
+    both = {kind: values.get(kind, settings.form(kind).shrinkage) for kind in KINDS}
+    return replace(settings, shrinkage=both["harm"] if both["harm"] == both["benign"] else both)
+
+
+def _same_intensities(settings: SstParameters) -> list[SstParameters]:
+    """One intensity for all Fishers that shrink: the grid, and the formula where it knows them."""
+    kinds = _shrinkable(settings)
+    values: list[float | str] = list(_SHRINKAGE) if kinds else []
+    if kinds and all(settings.form(kind).representation in ("exact", "gram") for kind in kinds):
+        values.append("ledoit_wolf")
+    return [_with_intensities(settings, dict.fromkeys(kinds, value)) for value in values]
+
+
+def _own_intensities(settings: SstParameters) -> list[SstParameters]:
+    """Another intensity for one of two Fishers: the next on the grid, either way."""
+    kinds = _shrinkable(settings)
+    tried = []
+    for kind in kinds if len(kinds) > 1 else ():
+        present = settings.form(kind).shrinkage
+        if not isinstance(present, str):
+            near = [s for s in _SHRINKAGE if s < present][-1:] + [s for s in _SHRINKAGE if s > present][:1]
+            tried += [_with_intensities(settings, {kind: s}) for s in near]
+    return tried
+
+
+def _other_target(settings: SstParameters) -> list[SstParameters]:
+    """The other target for both, where something is shrunk."""
+    if not any(settings.form(kind).shrinkage for kind in _shrinkable(settings)):
+        return []
+    others = [target for target in ("diagonal", "kronecker") if target != settings.shrinkage_target]
+    return [replace(settings, shrinkage_target=target) for target in others]
+
+
 def _row(settings: SstParameters, result: HeldOut) -> dict[str, Any]:
     """A candidate in the report."""
-    tuned = {name: asdict(settings)[name] for name in ("damping", "shrinkage", SIZES[settings.select], "alpha")}
+    forms = {kind: settings.form(kind) for kind in KINDS}
+    tuned = {name: getattr(settings, name) for name in (SIZES[settings.select], "damping", "alpha")}
+    tuned |= {f"shrinkage_{kind}": form.shrinkage for kind, form in forms.items()}
+    tuned |= {f"target_{kind}": form.target for kind, form in forms.items()}
     return {**tuned, "objective": result.kl - result.refusal, "kl": result.kl, "refusal_loss": -result.refusal}

@@ -24,7 +24,7 @@ def read_tokenizers(base: str, adapters: Mapping[str, str], **options: bool) -> 
         "base" or role -> tokenizer, and a remark for each that could not be read.
     """
     found, remarks = {}, []
-    folders = {role: path for role, path in adapters.items() if any((Path(path) / name).is_file() for name in _FILES)}
+    folders = {role: path for role, path in adapters.items() if has_tokenizer(path)}
     closed = {"trust_remote_code": False, "local_files_only": True}
     for owner, path in {"base": base, **folders}.items():
         try:
@@ -32,6 +32,11 @@ def read_tokenizers(base: str, adapters: Mapping[str, str], **options: bool) -> 
         except Exception as error:  # what damaged files raise is of any kind
             remarks.append(f"no tokenizer was read from the {owner}'s {path!r}: {type(error).__name__}: {error}")
     return found, remarks
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a tokenizer's files lie in a folder."""
+    return any((Path(folder) / name).is_file() for name in _FILES)
 
 
 def check_tokenizers(tokenizers: Mapping[str, Any], chosen: str) -> list[str]:

@@ -91,7 +91,7 @@ def collected_rows(model, bases, cores, ids, mask, repeats: int = 1) -> dict[str
     size, length = ids.shape
     with CoreGradients(model, bases, bases.keys()) as gradients:
         gradients.set_cores(cores)
-        gradients.consume = lambda name, r: rows[name].append(r)
+        gradients.consume = lambda name, g: rows[name].append(g.rows())
         gradients.layout(torch.arange(0, size * length + 1, length), mask.flatten().double())
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         for repeat in range(repeats):
@@ -112,6 +112,31 @@ def test_rows_equal_autograd_one_sequence_at_a_time(make, modules):
     model, (bases, cores), (ids, mask) = make(), random_bases(modules), batch_of([9, 4, 7])
     expected = reference_rows(model, bases, cores, ids, mask)
     assert_rows_equal(collected_rows(model, bases, cores, ids, mask), expected)
+
+
+@pytest.mark.parametrize(("make", "modules"), [(tiny_llama, LLAMA_MODULES), (tiny_gpt2, GPT2_MODULES)])
+def test_rows_for_kronecker_factors_are_the_tokens_that_bear_gradient(make, modules):
+    """Their outer products sum to the gradient; padding and text after the last loss have no weight."""
+    model, (bases, cores), (ids, mask) = make(), random_bases(modules), batch_of([9, 4, 7])
+    expected, seen = reference_rows(model, bases, cores, ids, mask), {}
+    with CoreGradients(model, bases, bases.keys()) as gradients:
+        gradients.set_cores(cores)
+        gradients.consume = seen.__setitem__
+        gradients.layout(torch.arange(0, 28, 9), mask.flatten().double())
+        loss_of(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask).backward()
+    last = torch.tensor([7, 2, 5])  # position of the last token before one that bears loss
+    for name, tokens in seen.items():
+        rows, reduced = tokens.expanded, tokens.reduced
+        total = expected[name].sum(0)
+        assert_rows_equal({name: tokens.total()}, {name: total})
+        outer = rows.delta.mT @ (rows.weight[:, None] * rows.x)
+        assert_rows_equal({name: outer.flatten()}, {name: total})
+        bearing = rows.weight.reshape(3, 9) > 0
+        assert not (bearing & (torch.arange(9) > last[:, None])).any() and bearing.any(1).all()
+        delta, x = (t.reshape(3, 9, -1) for t in (rows.delta, rows.x))
+        count = bearing.sum(1, keepdim=True)
+        torch.testing.assert_close(reduced.x, (bearing[..., None] * x).sum(1) / count, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(reduced.delta, (bearing[..., None] * delta).sum(1), rtol=1e-9, atol=1e-12)
 
 
 def test_logits_are_those_of_the_updated_weights():
@@ -149,7 +174,7 @@ def test_unwatched_modules_compute_but_give_no_rows():
     rows = {}
     with CoreGradients(model, bases, watched) as gradients:
         gradients.set_cores(cores)
-        gradients.consume = rows.__setitem__
+        gradients.consume = lambda name, g: rows.__setitem__(name, g.rows())
         gradients.layout(torch.tensor([0, 9, 18]), mask.flatten().double())
         loss_of(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask).backward()
     assert list(rows) == watched
@@ -180,3 +205,32 @@ def test_errors_name_the_module():
     gradients = CoreGradients(model, bases, ())
     with pytest.raises(ValueError, match=r"cores\['lm_head'\] must be \(3, 4\).*got \(4, 3\)"):
         gradients.set_cores({"lm_head": cores["lm_head"].mT})
+
+
+def test_observe_shows_the_inputs_of_every_forward_pass():
+    model, names = (
+        tiny_llama(),
+        ["model.embed_tokens", "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"],
+    )
+    bases, cores = random_bases({name: LLAMA_MODULES[name] for name in names})
+    ids, _ = batch_of([5, 3])
+    moved = {}
+    for name, basis in bases.items():
+        update = basis.q_out @ cores[name] @ basis.q_in.mT
+        moved[f"{name}.weight"] = model.get_submodule(name).weight + (update.mT if "embed" in name else update)
+    wanted: dict[str, torch.Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: wanted.update({n: args[0]}))
+        for name in names
+    ]
+    functional_call(model, moved, kwargs={"input_ids": ids})
+    for handle in handles:
+        handle.remove()
+    seen: dict[str, torch.Tensor] = {}
+    with CoreGradients(model, bases, watched=()) as gradients, torch.no_grad():
+        gradients.set_cores(cores)
+        gradients.observe = lambda name, rows: seen.update({name: rows})
+        model(ids)
+    assert seen.keys() == set(names)
+    for name in names:
+        torch.testing.assert_close(seen[name], wanted[name].detach(), rtol=1e-9, atol=1e-12)

@@ -45,15 +45,18 @@ def test_rows_equal_autograd_one_sequence_at_a_time(case):
         expected.append(torch.autograd.grad(loss, leaf, retain_graph=True)[0].flatten())
 
     positions = outputs[0][0, 0].numel()
-    rows = {}
+    seen = {}
     with CoreGradients(model, {"0": basis}, ["0"]) as gradients:
         gradients.set_cores({"0": core})
-        gradients.consume = rows.__setitem__
+        gradients.consume = seen.__setitem__
         gradients.layout(torch.arange(0, len(x) * positions + 1, positions), torch.ones(len(x) * positions))
         output = model(x)
         output.square().sum().backward()
     torch.testing.assert_close(output, torch.cat(outputs), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(rows["0"], torch.stack(expected), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(seen["0"].rows(), torch.stack(expected), rtol=1e-10, atol=1e-10)
+    patches = seen["0"].expanded  # the tokens of its Kronecker factors
+    total = (patches.delta.mT @ patches.x).flatten()
+    torch.testing.assert_close(total, torch.stack(expected).sum(0), rtol=1e-10, atol=1e-10)
 
 
 def test_a_convolution_that_changes_the_length_is_named():
@@ -87,7 +90,7 @@ def test_rows_and_bases_follow_the_devices():
     basis = CoreBasis(orthonormal(7, 2), orthonormal(5, 3))
     rows = {}
     with CoreGradients(nn.Sequential(layer), {"0": basis}, ["0"]) as gradients:
-        gradients.consume = rows.__setitem__
+        gradients.consume = lambda name, g: rows.__setitem__(name, g.rows())
         gradients.layout(torch.tensor([0, 2, 4]), torch.tensor([1, 1, 1, 0]))
         x = torch.randn(4, 5, device=device)
         layer_output = gradients.model(x)

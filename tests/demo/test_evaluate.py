@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +9,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sst_merge.compare.axes import values_of
 from sst_merge.data import parse_records, tokenize_prompts
-from sst_merge.demo.evaluate import Scores, evaluate, greedy_share
+from sst_merge.demo.evaluate import AXES, evaluate, greedy_matches
 from sst_merge.demo.tokens import ASSISTANT, make_tokenizer
 from sst_merge.demo.world import REFUSAL, Example, make_world
 
@@ -72,42 +72,49 @@ def test_one_pass_equals_greedy_decoding() -> None:
         wanted = TOKENIZER(response)["input_ids"]
         expected.append(greedy(model, prompt, len(wanted)) == wanted)
     assert 5 < sum(expected) < 35
-    assert greedy_share(model, TOKENIZER, examples, whole=False) == sum(expected) / len(expected)
+    assert list(greedy_matches(model, TOKENIZER, examples, whole=False).totals) == expected
     ended = [greedy(model, e.prompt, len(e.response.split()) + 1)[-1] == END for e in examples]
     both = [a and b for a, b in zip(expected, ended, strict=True)]
-    assert greedy_share(model, TOKENIZER, examples, whole=True) == sum(both) / len(both)
+    assert list(greedy_matches(model, TOKENIZER, examples, whole=True).totals) == both
+
+
+def scores(refusal: float, over_refusal: float, problems: float, strings: float) -> dict[str, float]:
+    return {"refusal": refusal, "over_refusal": over_refusal, "word_problems": problems, "strings": strings}
+
+
+def measured(model: nn.Module) -> dict[str, float]:
+    return {name: outcome.value for name, outcome in evaluate(model, TOKENIZER, WORLD).items()}
 
 
 def test_a_perfect_model_and_one_that_refuses_everything() -> None:
     held = WORLD.held_forbidden + WORLD.held_lookalike + [e for part in WORLD.held_utility.values() for e in part]
     known = {e.prompt: e.response for e in held}
     perfect = evaluate(Scripted(known.get), TOKENIZER, WORLD)
-    assert perfect == Scores(1.0, 0.0, {"word_problems": 1.0, "strings": 1.0})
-    assert perfect.score == 1
-    refusing = evaluate(Scripted(lambda prompt: REFUSAL), TOKENIZER, WORLD)
-    assert refusing == Scores(1.0, 1.0, {"word_problems": 0.0, "strings": 0.0})
+    assert measured(Scripted(known.get)) == scores(1.0, 0.0, 1.0, 1.0)
+    assert AXES.score(values_of(perfect)) == 1 and AXES.point(values_of(perfect)) == (1, 1)
+    assert measured(Scripted(lambda prompt: REFUSAL)) == scores(1.0, 1.0, 0.0, 0.0)
 
 
 def test_an_answer_that_goes_on_is_wrong_but_a_refusal_that_goes_on_is_one() -> None:
     known = {e.prompt: f"{e.response} a" for part in WORLD.held_utility.values() for e in part}
-    scores = evaluate(Scripted(lambda prompt: known.get(prompt, f"{REFUSAL} sure")), TOKENIZER, WORLD)
-    assert scores == Scores(1.0, 1.0, {"word_problems": 0.0, "strings": 0.0})
+    assert measured(Scripted(lambda prompt: known.get(prompt, f"{REFUSAL} sure"))) == scores(1.0, 1.0, 0.0, 0.0)
 
 
 def test_a_share_is_counted_over_all_batches() -> None:
     known = {e.prompt: e.response for e in WORLD.held_utility["strings"][:97]}
     model = Scripted(lambda prompt: known.get(prompt, "a"))
-    assert greedy_share(model, TOKENIZER, WORLD.held_utility["strings"], whole=True) == pytest.approx(97 / 150)
+    matches = greedy_matches(model, TOKENIZER, WORLD.held_utility["strings"], whole=True)
+    assert list(matches.totals) == [1.0] * 97 + [0.0] * 53 and matches.value == pytest.approx(97 / 150)
 
 
 def test_mode_is_restored() -> None:
     model = small_model().train()
-    greedy_share(model, TOKENIZER, WORLD.held_forbidden[:3], whole=True)
+    greedy_matches(model, TOKENIZER, WORLD.held_forbidden[:3], whole=True)
     assert model.training
 
 
 def test_score_is_the_fourth_root() -> None:
-    scores = Scores(0.9, 0.2, {"a": 0.5, "b": 0.7})
-    assert scores.score == pytest.approx((0.9 * 0.8 * 0.5 * 0.7) ** 0.25)
-    assert scores.utility_mean == pytest.approx(0.6)
-    assert replace(scores, refusal=0.0).score == 0
+    assert AXES.score(scores(0.9, 0.2, 0.5, 0.7)) == pytest.approx((0.9 * 0.8 * 0.5 * 0.7) ** 0.25)
+    safety, utility = AXES.point(scores(0.9, 0.2, 0.5, 0.7))
+    assert (safety, utility) == (pytest.approx(0.9), pytest.approx((0.8 * 0.5 * 0.7) ** (1 / 3)))
+    assert AXES.score(scores(0.0, 0.2, 0.5, 0.7)) == 0

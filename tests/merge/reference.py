@@ -1,10 +1,12 @@
-"""The empirical Fisher of refusals by plain autograd, one sequence at a time: in core coordinates, or its diagonal."""
+"""Plain float64 references, one sequence at a time: Fishers by autograd, and what merged weights make of sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from sst_merge.data import TokenSequence
 from sst_merge.problem import Problem
@@ -45,3 +47,13 @@ def gradients(model: torch.nn.Module, sequences: list[TokenSequence]) -> Iterato
         logp = model(torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
         sum(logp[t - 1, i] for t, i in enumerate(sequence.input_ids) if sequence.is_target[t]).backward()
         yield
+
+
+def log_probabilities(base: Path, deltas: Mapping[str, torch.Tensor], sequence: TokenSequence) -> torch.Tensor:
+    """Log p at the positions that predict a loss-bearing token, from weights changed by hand; float64."""
+    model = AutoModelForCausalLM.from_pretrained(base).double().eval()
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            model.get_submodule(name).weight += delta.double()
+        logp = model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
+    return logp[[t - 1 for t, wanted in enumerate(sequence.is_target) if wanted]]

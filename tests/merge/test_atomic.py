@@ -74,7 +74,7 @@ def test_refused_targets(tmp_path):
     with pytest.raises(ValueError, match="--overwrite"), replace_dir(target):
         pytest.fail("entered")
     (target / "sst_config.yaml").rename(target / "thesis.tex")
-    with pytest.raises(ValueError, match="not a merge's output"):
+    with pytest.raises(ValueError, match="not an earlier output"):
         check_output_dir(target, overwrite=True)
     with pytest.raises(ValueError, match="is a file"):
         check_output_dir(target / "thesis.tex", overwrite=True)

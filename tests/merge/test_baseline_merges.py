@@ -16,11 +16,9 @@ from reference import diagonal_fisher
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sst_merge import load_config, merge
+from sst_merge import merge
 from sst_merge.cli import main
-from sst_merge.demo.frontier import RUNS, sweep
-from sst_merge.methods import METHODS, _base_weight
-from sst_merge.settings import METHOD_PARAMETERS
+from sst_merge.methods.entrywise import base_weight
 
 
 def dense(folder: Path) -> dict[str, torch.Tensor]:
@@ -129,7 +127,7 @@ def test_sst_m_refuses_quantised_weights():
     layer.weight = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.int8), requires_grad=False)
     problem = SimpleNamespace(model=torch.nn.ModuleDict({"layer": layer}), config=SimpleNamespace(device="cpu"))
     with pytest.raises(ValueError, match="those of layer are quantised.*use sst_v"):
-        _base_weight(problem, "layer")
+        base_weight(problem, "layer")
 
 
 @pytest.mark.parametrize("method", ["sst_v", "sst_m"])
@@ -234,14 +232,3 @@ def test_modules_that_an_additive_patch_does_not_reach(setup):
         result = merge(setup.config(method, patch="additive", alpha=0.4))
         assert name not in result.plan.curvature.patch
         compare({name: merged(result, 0.4)[name]}, {name: share * u})
-
-
-def test_the_demo_runs_every_method(setup):
-    assert {method for method, _ in RUNS.values()} == set(METHODS) == set(METHOD_PARAMETERS)
-    for method, parameters in RUNS.values():
-        load_config(setup.config(method, **parameters))
-    runs = {label: run for label, run in RUNS.items() if run[0] in ("sst_m", "tsv", "fisher_averaging")}
-    measure = {"refusal": 0.0, "over_refusal": 0.0, "utility": 0.0, "score": 0.0}
-    rows = sweep(setup.config(), lambda model: measure, alphas=(0.5, 1.2), runs=runs)
-    strengths = {label: [row.alpha for row in rows if row.label == label] for label in runs}
-    assert all(s == ([0.5] if "averaging" in label else [0.5, 1.2]) for label, s in strengths.items())

@@ -248,6 +248,8 @@ def test_what_has_no_place_in_the_base_is_refused_by_name(setup, base_dir, make_
         setup, tmp_path, capsys, models=models, parameters={"alpha": 10.0}
     )
     weights.write_bytes(b"")
+    assert "could not be loaded: model.safetensors is damaged" in refusal(setup, tmp_path, capsys)
+    weights.unlink()
     assert "must hold model.safetensors, or shards" in refusal(setup, tmp_path, capsys)
     save_file(tensors, weights, metadata={"format": "pt"})
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sst_merge.config import load_config
-from sst_merge.settings import METHOD_PARAMETERS, TiesParameters
+from sst_merge.method_settings import METHOD_PARAMETERS, TiesParameters
 
 
 def tree(**changes: Any) -> dict[str, Any]:
@@ -33,6 +33,20 @@ def test_resolved_config_reads_back(method, tmp_path):
     path.write_text(config.to_yaml())
     assert load_config(path) == config
     assert config.alphas == (0.25, 1.0)
+
+
+def test_what_each_fisher_has_of_its_own_reads_back(tmp_path):
+    parameters = {
+        "fisher": {"harm": "exact", "benign": "ekfac"},
+        "approximation": "reduce",
+        "shrinkage": {"harm": "ledoit_wolf", "benign": 0.25},
+        "shrinkage_target": "kronecker",
+    }
+    config = load_config(tree(parameters=parameters))
+    path = tmp_path / "resolved.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+    assert config.parameters.form("benign").representation == "ekfac_reduce"
 
 
 def test_paths_are_relative_to_the_file(tmp_path):
@@ -76,6 +90,18 @@ def test_overrides_and_numbers_that_yaml_reads_as_text():
         ({"parameters": {"alpha": "much"}}, "alpha: expected float"),
         ({"parameters": {"alpha": float("nan")}}, "alpha: expected a number"),
         ({"parameters": {"shrinkage": 1.5}}, "shrinkage: expected a number in"),
+        ({"parameters": {"shrinkage": "ledoit"}}, "shrinkage: expected one of ledoit_wolf.*did you mean"),
+        ({"parameters": {"shrinkage": {"harm": True}}}, "shrinkage: expected float"),
+        ({"parameters": {"shrinkage": [0.1]}}, "shrinkage: expected float"),
+        ({"parameters": {"shrinkage": {"benign": 2}}}, "shrinkage: expected a number in"),
+        ({"parameters": {"fisher": {"harm": "kfak"}}}, "fisher: expected one of.*did you mean 'kfac'"),
+        ({"parameters": {"fisher": {"benigm": "kfac"}}}, "fisher: unknown key 'benigm'; did you mean 'benign'"),
+        ({"parameters": {"approximation": "reduced"}}, "approximation: expected one of expand, reduce"),
+        ({"parameters": {"shrinkage_target": "identity"}}, "shrinkage_target: expected one of diagonal, kronecker"),
+        (
+            {"parameters": {"fisher": {"benign": "kfac"}, "shrinkage": "ledoit_wolf"}},
+            "ledoit_wolf is for fisher: exact or gram, and that of benign is kfac.*give a number",
+        ),
         ({"parameters": {"damping": 0}}, "damping: expected a number in"),
         ({"parameters": {"k": 0}}, "k: expected an integer >= 1"),
         ({"parameters": {"k": 1.5}}, "k: expected an integer >= 1"),

@@ -8,8 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sst_merge.data import TokenSequence, read_examples, split_held_out, tokenize, tokenize_prompts
+from sst_merge.data import TokenSequence, read_examples, tokenize, tokenize_prompts
 from sst_merge.packing import batches
+from sst_merge.tasks import split_held_out
 
 WORDS = ["<pad>", "<s>", "</s>", "<user>", "<bot>", "a", "b", "c", "d", "e", "f", "g"]
 TEMPLATE = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from sst_merge.fisher import (
 )
 from sst_merge.packing import batches
 from sst_merge.sums import FisherSums
+from sst_merge.tasks import Task
 
 NAMES = {"model.layers.0.self_attn.v_proj": (8, 8), "model.layers.1.mlp.gate_proj": (12, 8)}
 VOCABULARY = 7
@@ -73,9 +75,9 @@ def dense_gradient(model, bases, cores, sequence: TokenSequence, labels: list[in
     return {n: torch.autograd.grad(loss, leaf, retain_graph=True)[0].flatten() for n, leaf in leaves.items()}
 
 
-def collect(model, bases, origin, patch, settings, sequences, *, sampled, points) -> FisherSums:
+def collect(model, bases, origin, patch, settings, sequences, *, sampled, points, representation="exact") -> FisherSums:
     with Collector(model, bases, origin, patch, settings) as collector:
-        return collector.collect(Part("test", sequences, sampled, points, settings.representation))
+        return collector.collect(Part("test", sequences, sampled, points, representation))
 
 
 @pytest.mark.parametrize("representation", ["exact", "gram", "diagonal"])
@@ -87,8 +89,9 @@ def test_empirical_fisher_on_the_path(representation, count):
         make_sequences([5, 9, 3, 6][:count]),
     )
     points = {0.25: 0.75, 0.5: 0.25}
-    settings = CollectionSettings(representation=representation, batch_size=3)
-    sums = collect(model, bases, origin, patch, settings, sequences, sampled=False, points=points)
+    settings = CollectionSettings(batch_size=3)
+    given = {"sampled": False, "points": points, "representation": representation}
+    sums = collect(model, bases, origin, patch, settings, sequences, **given)
     for name in NAMES:
         expected, mean = 0, 0
         for (t, w), s in itertools.product(points.items(), sequences):
@@ -121,6 +124,40 @@ def test_results_do_not_depend_on_batch_size_or_order():
     for sampled, sums in results[2:]:
         for name in NAMES:
             torch.testing.assert_close(sums.fisher(name), results[sampled][1].fisher(name), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("representation", ["exact", "gram", "diagonal"])
+@pytest.mark.parametrize("count", [2, 9])
+def test_importance_weights_against_dense_gradients(representation, count):
+    """F = Σ ω g gᵀ / Σ ω, matrices and rows; whole weights are the same as so many copies."""
+    model, (bases, origin, patch) = make_model(), make_problem()
+    sequences = make_sequences([5, 9, 3, 6, 7, 4, 5, 6, 8][:count])
+    weighted = [replace(s, weight=w) for s, w in zip(sequences, [2.0, 0.5, 1.0, 3.0, *[1.0] * 5], strict=False)]
+    settings = CollectionSettings(batch_size=3)
+    points = {0.0: 0.25, 0.5: 0.75}
+    given = {"sampled": False, "points": points, "representation": representation}
+    sums = collect(model, bases, origin, patch, settings, weighted, **given)
+    total = sum(s.weight for s in weighted)
+    assert (sums.count, sums.sequences) == (total, count)
+    assert sums.effective == pytest.approx(total**2 / sum(s.weight**2 for s in weighted))
+    for name in NAMES:
+        expected, mean = 0, 0
+        for (t, w), s in itertools.product(points.items(), weighted):
+            g = dense_gradient(model, bases, {n: origin[n] + t * patch[n] for n in NAMES}, s, s.input_ids)[name]
+            expected, mean = expected + w * s.weight * torch.outer(g, g) / total, mean + w * s.weight * g / total
+        torch.testing.assert_close(
+            sums.fisher(name), expected.diagonal() if representation == "diagonal" else expected, rtol=1e-5, atol=1e-7
+        )
+        torch.testing.assert_close(sums.mean_gradient(name), mean, rtol=1e-5, atol=1e-7)
+    doubled = [replace(s, weight=2.0 if i == 1 else 1.0) for i, s in enumerate(sequences)]
+    copied = [*sequences, sequences[1]]
+    for sampled in (False, True):
+        ours, theirs = (
+            collect(model, bases, origin, patch, settings, data, sampled=sampled, points=points)
+            for data in (doubled, copied)
+        )
+        for name in NAMES:
+            torch.testing.assert_close(ours.fisher(name), theirs.fisher(name), rtol=1e-9, atol=1e-12)
 
 
 def exact_true_fisher(model, bases, cores, sequence: TokenSequence) -> dict[str, torch.Tensor]:
@@ -193,16 +230,16 @@ def sampled_labels(model, bases, cores, sequence: TokenSequence, seed: int) -> l
 
 def test_statistics_take_each_fisher_from_its_sequences_labels_and_points():
     model, (bases, origin, patch), sequences = make_model(), make_problem(), make_sequences([5, 9, 3, 6, 7, 4])
-    harm, benign = (sequences[:2], sequences[2:3]), (sequences[3:5], sequences[5:])
+    harm, benign = Task("", 1.0, sequences[:2], sequences[2:3]), Task("", 1.0, sequences[3:5], sequences[5:])
     settings = CollectionSettings(points=(0.25, 0.5), point_weights=(0.75, 0.25), seed=5)
     with Collector(model, bases, origin, patch, settings) as collector:
-        statistics = collect_statistics(collector, harm, benign)
+        statistics = collect_statistics(collector, [harm], [benign])
     points = {t: {n: origin[n] + t * patch[n] for n in NAMES} for t in (0.0, 0.25, 0.5)}
     for sums, part, sampled in (
-        (statistics.harm, harm[0], False),
-        (statistics.harm_held, harm[1], False),
-        (statistics.benign, benign[0], True),
-        (statistics.benign_held, benign[1], True),
+        (statistics.harm, harm.found, False),
+        (statistics.harm_held, harm.held, False),
+        (statistics.benign, benign.found, True),
+        (statistics.benign_held, benign.held, True),
     ):
         expected = {n: torch.zeros(6, 6, dtype=torch.float64) for n in NAMES}
         for (t, weight), s in itertools.product(((0.25, 0.75), (0.5, 0.25)), part):
@@ -212,7 +249,7 @@ def test_statistics_take_each_fisher_from_its_sequences_labels_and_points():
         for n in NAMES:
             torch.testing.assert_close(sums.fisher(n), expected[n], rtol=1e-5, atol=1e-7)
     for n in NAMES:
-        mean = sum(dense_gradient(model, bases, points[0.0], s, s.input_ids)[n] for s in harm[0]) / 2
+        mean = sum(dense_gradient(model, bases, points[0.0], s, s.input_ids)[n] for s in harm.found) / 2
         torch.testing.assert_close(statistics.gradient(n), mean, rtol=1e-5, atol=1e-7)
 
 

@@ -9,14 +9,16 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from reference import log_probabilities
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sst_merge import load_config, merge
 from sst_merge.cli import main
-from sst_merge.data import read_examples, split_held_out, tokenize
+from sst_merge.data import read_examples, tokenize
 from sst_merge.held_out import warnings_of
 from sst_merge.report import _not_surviving
+from sst_merge.tasks import split_held_out
 
 
 def run(config: dict, tmp_path: Path, *arguments: str) -> dict:
@@ -25,16 +27,6 @@ def run(config: dict, tmp_path: Path, *arguments: str) -> dict:
     path.write_text(yaml.safe_dump(config))
     assert main(["merge", str(path), "--out", str(tmp_path / "out"), "--overwrite", *arguments]) == 0
     return json.loads((tmp_path / "out/report.json").read_text())
-
-
-def log_probabilities(setup, deltas, sequence) -> torch.Tensor:
-    """Log p at the positions that predict a loss-bearing token, from weights changed by hand; float64."""
-    model = AutoModelForCausalLM.from_pretrained(setup.base).double().eval()
-    with torch.no_grad():
-        for name, delta in deltas.items():
-            model.get_submodule(name).weight += delta.double()
-        logp = model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
-    return logp[[t - 1 for t, wanted in enumerate(sequence.is_target) if wanted]]
 
 
 @pytest.mark.parametrize(
@@ -53,11 +45,11 @@ def test_measured_changes_are_those_of_the_merged_weights(setup, tmp_path, metho
         merged = {name: low.dense() for name, low in result.updates(row["alpha"]).items()}
         kl, change = [], []
         for s in held["benign"]:
-            before, after = (log_probabilities(setup, d, s) for d in (utility, merged))
+            before, after = (log_probabilities(setup.base, d, s) for d in (utility, merged))
             kl.append(float((before.exp() * (before - after)).sum()))
         for s in held["harm"]:
             labels = torch.tensor([i for i, wanted in zip(s.input_ids, s.is_target, strict=True) if wanted])[:, None]
-            before, after = (log_probabilities(setup, d, s).gather(1, labels).sum() for d in (utility, merged))
+            before, after = (log_probabilities(setup.base, d, s).gather(1, labels).sum() for d in (utility, merged))
             change.append(float(after - before))
         assert row["measured_kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-4)
         assert row["measured_refusal"] == pytest.approx(sum(change) / len(change), rel=1e-4)
@@ -98,13 +90,20 @@ def test_tuning_takes_the_best_candidate_and_says_which(setup, tmp_path, monkeyp
     assert chosen["objective"] == min(c["objective"] for c in candidates)
     for c in candidates:
         assert c["objective"] == pytest.approx(c["kl"] + c["refusal_loss"])
-    for name, least in ((size, 3), ("damping", 2), ("shrinkage", 2), ("alpha", 2)):
+    for name, least in ((size, 3), ("damping", 2), ("shrinkage_benign", 2), ("alpha", 2)):
         assert len({c[name] for c in candidates}) >= least, name
+    joint = parameters.get("fisher") == "gram"  # whose F_harm keeps its rows
+    assert {c["shrinkage_harm"] for c in candidates} >= ({0.0} if joint else {0.0, 0.5, "ledoit_wolf"})
+    pairs = {(c["shrinkage_harm"], c["shrinkage_benign"]) for c in candidates}
+    assert "ledoit_wolf" in {s for _, s in pairs} and (joint or pairs & {(0.0, 0.5), (0.5, 0.0)})
     # the merge that was written is the chosen one: again without tuning, from the resolved configuration
-    resolved = load_config(tmp_path / "out/sst_config.yaml")
-    assert {name: getattr(resolved.parameters, name) for name in (size, "damping", "shrinkage", "alpha")} == {
-        name: chosen[name] for name in (size, "damping", "shrinkage", "alpha")
+    resolved = load_config(tmp_path / "out/sst_config.yaml").parameters
+    assert {name: getattr(resolved, name) for name in (size, "damping", "alpha")} == {
+        name: chosen[name] for name in (size, "damping", "alpha")
     }
+    for kind in ("harm", "benign"):
+        form = resolved.form(kind)
+        assert (form.shrinkage, form.target) == (chosen[f"shrinkage_{kind}"], chosen[f"target_{kind}"])
     again = merge({**yaml.safe_load((tmp_path / "out/sst_config.yaml").read_text()), "tune": False})
     assert again.report["held_out"][0]["measured_kl"] == pytest.approx(chosen["kl"], rel=1e-4)
     assert report["held_out"][0]["measured_kl"] == pytest.approx(chosen["kl"], rel=1e-4)

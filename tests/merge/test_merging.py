@@ -23,22 +23,35 @@ FISHER_RUNS = [
     ("sst", {"fisher": "exact", "select": "top_k", "k": 0.3}),
     ("sst", {"fisher": "exact", "select": "soft", "where": "local", "patch": "interpolate"}),
     ("sst", {"fisher": "diagonal", "select": "top_k", "k": 5, "scope": "module"}),
+    ("sst", {"fisher": "kfac", "select": "soft"}),
+    ("sst", {"fisher": {"benign": "ekfac"}, "select": "soft", "shrinkage": {"harm": "ledoit_wolf"}}),
+    ("sst", {"fisher": {"harm": "gram", "benign": "kfac"}, "approximation": "reduce", "select": "soft"}),
+    ("sst", {"select": "soft", "shrinkage": "ledoit_wolf", "shrinkage_target": "kronecker"}),
     ("diagonal_sst", {"coordinates": "core"}),
     ("diagonal_sst", {"coordinates": "weight", "mask": "soft", "patch": "interpolate"}),
     ("single_fisher", {"k": 0.3}),
     ("fisher_averaging", {"alpha": 1.0}),
     ("fisher_averaging", {"alpha": 1.0, "coordinates": "core", "where": "local"}),
+    ("gradient_matching", {}),
+    ("regmean", {"alpha": 1.0}),
 ]
 OTHER_RUNS = [
     ("task_arithmetic", {}),
     ("interpolation", {}),
     ("ties", {"density": 0.4}),
     ("dare", {"drop": 0.4}),
+    ("della", {}),
     ("sst_v", {"mask": "soft"}),
     ("sst_m", {"patch": "interpolate"}),
     ("tsv", {}),
+    ("isotropic", {"common": 0.5}),
+    ("knots", {"density": 0.5}),
     ("subspace_boosting", {"beta": 0.5}),
+    ("safe_lora", {"projector": "exact"}),
+    ("safe_merge", {"alpha": 1.0, "threshold": 1.0}),
 ]
+IN_FACTORS = [("diagonal_sst", {"coordinates": "factor"})]
+"""Not gauge-free: see test_baselines_factor.py."""
 
 
 def dense(folder: Path) -> dict[str, torch.Tensor]:
@@ -71,7 +84,7 @@ def merged(result, alpha=1.0) -> dict[str, torch.Tensor]:
     return {name: low.up.double() @ low.down.double() for name, low in result.updates(alpha).items()}
 
 
-@pytest.mark.parametrize(("method", "parameters"), FISHER_RUNS + OTHER_RUNS)
+@pytest.mark.parametrize(("method", "parameters"), FISHER_RUNS + OTHER_RUNS + IN_FACTORS)
 def test_output_loads_in_peft_and_its_logits_are_those_of_the_merged_weights(
     setup, tmp_path, input_ids, method, parameters
 ):
@@ -217,6 +230,14 @@ def test_biases_follow_the_method(base_dir, make_adapter, setup):
         ("tsv", {}, 0.15 * (u + s)),
         ("subspace_boosting", {}, 0.3 * (u + s)),
         ("fisher_averaging", {}, 0.7 * u + 0.3 * s),
+        ("della", {}, ties([u, s], 1.0, 0.3)),
+        ("isotropic", {}, 0.15 * (u + s)),
+        ("knots", {}, ties([u, s], 1.0, 0.3)),
+        ("gradient_matching", {}, u + 0.3 * s),
+        ("regmean", {}, 0.7 * u + 0.3 * s),
+        ("safe_lora", {}, u + 0.3 * s),
+        ("safe_merge", {}, 0.7 * u + 0.3 * s),
+        ("diagonal_sst", {"coordinates": "factor"}, u + 0.3 * s),
     ):
         with tempfile.TemporaryDirectory() as folder:
             merge(setup.config(method, alpha=0.3, **parameters), out=Path(folder) / "out")

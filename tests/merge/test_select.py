@@ -8,7 +8,8 @@ import scipy.linalg
 import scipy.optimize
 import torch
 
-from sst_merge.directions import ALL_MODULES, find_directions, shared_damping
+from sst_merge.directions import find_directions, shared_damping
+from sst_merge.pencils import ALL_MODULES
 from sst_merge.select import filtered_cores, kept_coefficients
 from sst_merge.settings import SstParameters
 from sst_merge.sums import FisherSums, Statistics
@@ -25,7 +26,7 @@ def make_statistics(seed: int = 0, rows: int = 40, form: str = "exact") -> tuple
             n = r * c
             spread = torch.logspace(0, -2, n, dtype=torch.float64)
             total.add(name, scale * torch.randn(rows, n, dtype=torch.float64, generator=g) * spread, 1.0)
-        total.count = rows
+        total.add_count(1.0, torch.ones(rows))
         return total
 
     parts = [sums(s) for s in (2.0, 1.0, 2.0, 1.0)]
@@ -203,7 +204,7 @@ def test_keeping_everything_returns_the_patch():
 def test_gram_is_the_dense_pencil_over_all_modules(rows, shrinkage):
     """Curvature across modules: the 30 × 30 Fishers of the rows side by side, blocks off the diagonal included."""
     statistics, patch = make_statistics(rows=rows, form="gram")
-    settings = SstParameters(fisher="gram", shrinkage=shrinkage, damping=0.2, select="soft", mu=0.7)
+    settings = SstParameters(fisher="gram", shrinkage={"benign": shrinkage}, damping=0.2, select="soft", mu=0.7)
     directions, _, phis = filtered(statistics, patch, settings)
     d = directions[ALL_MODULES]
 
