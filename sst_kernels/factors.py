@@ -218,13 +218,8 @@ class Factors:
         Raises:
             ValueError: The file is none of ours, of another version, or its tensors do not fit its description.
         """
-        package = _safetensors()
-        try:
-            with package.safe_open(path, framework="pt", device=str(device)) as file:
-                text = (file.metadata() or {}).get(_METADATA_KEY)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-        except package.SafetensorError as error:
-            raise ValueError(f"path: {path} is no safetensors file: {error}") from error
+        tensors, metadata = read_tensors(path, device)
+        text = metadata.get(_METADATA_KEY)
         if text is None:
             raise ValueError(f"path: {path} holds no Kronecker factors (no metadata {_METADATA_KEY!r})")
         try:
@@ -294,6 +289,27 @@ def _checked(name: str, spec: LayerSpec, parts: Mapping[str, Tensor], shared: bo
     if {part: t.shape for part, t in parts.items()} != {part: t.shape for part, t in expected.items()}:
         raise ValueError(f"state: the tensors of layer {name!r} do not fit {spec}")
     return LayerFactors(parts.get("input_factor"), parts["grad_factor"], parts["counts"])
+
+
+def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file by name, and its metadata.
+
+    Args:
+        path: The file.
+        device: Where the tensors go.
+
+    Returns:
+        Tensors, and metadata, which may be empty.
+
+    Raises:
+        ValueError: It is no safetensors file.
+    """
+    package = _safetensors()
+    try:
+        with package.safe_open(path, framework="pt", device=str(device)) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118  (no mapping)
+    except package.SafetensorError as error:
+        raise ValueError(f"path: {path} is no safetensors file: {error}") from error
 
 
 def _safetensors() -> ModuleType:

@@ -13,9 +13,53 @@ import struct
 import torch
 from torch import Tensor
 
-from .ops import digit_histogram_, threshold_mask_
+from .ops import _library, _refuse_gradients, _require_one_device, _require_tensors
 
 _DIGIT = 16  # bits
+
+
+def digit_histogram_(counts: Tensor, values: Tensor, prefix: int = 0, digit: int = 0) -> None:
+    """counts[j] += #{i : the key of values_i has the digits `prefix`, then the digit j}, in place.
+
+    A key is the float's bits as an unsigned integer in the order of the values (32 bits, 64 of float64; half types are
+    widened), cut into digits of 16 bits, the most significant first. -0 has the key of 0. NaN has the largest, all
+    ones, and nothing else has a first digit of ones only: after digit 0, counts[65535] is how many values are NaN.
+    What `TopSelect` is made of.
+
+    Args:
+        counts: (65536,) int64 on the device of values, apart from them.
+        values: float32, float64, bfloat16 or float16; any shape, contiguous.
+        prefix: The first `digit` digits, as one number; values with others are not counted.
+        digit: Which digit is counted: 0 or 1, to 3 for float64.
+
+    Raises:
+        TypeError: An argument is not a tensor.
+
+    What does not fit raises ValueError naming the argument, before anything is written. Cost: reads values once.
+    """
+    _require_tensors("digit_histogram_", counts=counts, values=values)
+    torch.ops.sst_kernels.digit_histogram_.default(counts, values, prefix, digit)
+
+
+def threshold_mask_(ties: Tensor, values: Tensor, threshold: float) -> Tensor:
+    """mask_i = x_i > τ, or x_i = τ and fewer than `ties` values before it equal τ; ties is lowered by those kept.
+
+    Args:
+        ties: (1,) int64 on the device of values: how many values equal to the threshold are still to be kept.
+        values: float32, float64, bfloat16 or float16; any shape, contiguous; "before" is in row-major order.
+        threshold: τ, a number of values' dtype, or of float32 for half types; may be infinite.
+
+    Returns:
+        bool, the shape of values; NaN is not kept.
+
+    Raises:
+        TypeError: An argument is not a tensor.
+
+    What does not fit raises ValueError naming the argument, before anything is written. Cost: reads values once, and
+    again where ties are kept; writes a byte for each.
+    """
+    _require_tensors("threshold_mask_", ties=ties, values=values)
+    return torch.ops.sst_kernels.threshold_mask_.default(ties, values, threshold)
 
 
 class TopSelect:
@@ -188,3 +232,14 @@ def top_mask(values: Tensor, count: int) -> Tensor:
         top.observe(values)
         top.next_pass()
     return top.mask(values)
+
+
+@torch.library.register_fake("sst_kernels::threshold_mask_", lib=_library)
+def _(ties: Tensor, values: Tensor, threshold: float) -> Tensor:
+    _require_one_device(ties, values)
+    return values.new_empty(values.shape, dtype=torch.bool)
+
+
+torch.library.register_fake("sst_kernels::digit_histogram_", _require_one_device, lib=_library)
+for _name in ("digit_histogram_", "threshold_mask_"):
+    _refuse_gradients(_name)

@@ -8,7 +8,6 @@
 #include "kernels/counts_block.h"
 #include "kernels/khatri_rao_block.h"
 #include "kernels/syrk_block.h"
-#include "kernels/top_select_block.h"
 #include "kernels/triangle_block.h"
 
 namespace {
@@ -315,61 +314,8 @@ void test_counts(int64_t n, bool weighted, double beta) {
   for (int i = 0; i < 2; ++i) expect(counts[i] == (beta == 0 ? 0 : beta * before[i]) + sum, "counts");
 }
 
-// What top_select.cu does, without a device: `blocks` blocks, `window` digits at a time.
-template <class T>
-void test_digit_histogram(const std::vector<T>& values, int64_t prefix, int digit, int64_t blocks, int window) {
-  std::vector<int64_t> counts(kDigits, 5), expected(kDigits, 5);
-  const DigitHistogram<T> args{values.data(), static_cast<int64_t>(values.size()), prefix, digit, counts.data()};
-  for (int low = 0; low < kDigits; low += window) {
-    for (int64_t i = 0; i < blocks; ++i) {
-      run_block(HistogramBlock::kThreads, HistogramBlock::shared_bytes(window),
-                [&](auto& block) { digit_histogram_block(block, args, low, window, i, blocks); });
-    }
-  }
-  for (const T& value : values) {
-    const auto upper = sort_key(widen(value)) >> kDigitBits * (kKeyDigits<Accumulator<T>> - 1 - digit);
-    if (digit == 0 || static_cast<int64_t>(upper >> kDigitBits) == prefix) ++expected[upper % kDigits];
-  }
-  expect(counts == expected, "digit histogram");
-}
-
-template <class T>
-void test_threshold_mask(const std::vector<T>& values, Accumulator<T> threshold, int64_t ties) {
-  const int64_t n = values.size(), units = mask_units(n);
-  std::vector<uint8_t> mask(n, 9), expected(n);
-  std::vector<int64_t> unit_ties(units, -9);
-  int64_t left = ties, expected_left = ties > 0 ? ties : 0;
-  const ThresholdMask<T> args{values.data(), n, threshold, mask.data(), unit_ties.data(), &left};
-  const auto run = [&](auto f) { run_block(MaskBlock::kThreads, MaskBlock::kSharedBytes, f); };
-  for (int64_t u = 0; u < units; ++u) run([&](auto& block) { mask_above_unit(block, args, u); });
-  run([&](auto& block) { deal_ties(block, args); });
-  for (int64_t u = units; u-- > 0;) run([&](auto& block) { mask_ties_unit(block, args, u); });
-  for (int64_t i = 0; i < n; ++i) {
-    const auto value = widen(values[i]);
-    expected[i] = value > threshold || (value == threshold && expected_left-- > 0);
-    expected_left = std::max<int64_t>(expected_left, 0);
-  }
-  expect(mask == expected && left == expected_left, "threshold mask");
-}
-
-template <class T>
-void test_top_select() {
-  for (int64_t n : {0, 5, 40000}) {
-    auto values = random_integers<T>(n);
-    if (n > 0) fill_nan(values, n / 2, 1);
-    test_digit_histogram(values, 0, 0, 2, kDigits);
-    test_digit_histogram(values, 0, 0, 1, kDigits / 2);
-    const int64_t first = sort_key(widen(encode<T>(2))) >> kDigitBits * (kKeyDigits<Accumulator<T>> - 1);
-    test_digit_histogram(values, first, 1, 1, kDigits);
-    for (int64_t ties : {-1, 0, 3, 2000, 1 << 20}) test_threshold_mask(values, Accumulator<T>(1), ties);
-  }
-  // A counter of 16 bits is emptied several times.
-  test_digit_histogram(std::vector<T>(150000, encode<T>(-3)), 0, 0, 1, kDigits);
-}
-
 template <class T>
 void test_type() {
-  test_top_select<T>();
   test_engines<T>();
   for (bool weighted : {false, true}) {
     test_khatri_rao<T>(300, 17, 35, weighted, {0, 5, 5, 290, 300});

@@ -13,7 +13,6 @@
 #include "kernels/panel.h"
 #include "kernels/syrk.h"
 #include "kernels/tile.h"
-#include "kernels/top_select.h"
 #include "kernels/triangle.h"
 
 namespace {
@@ -249,43 +248,8 @@ void test_counts() {
   expect(counts[0] == 3 && counts[1] == 3, "counts overwritten");
 }
 
-// Against plain loops: of two digits, and of the mask with ties kept across units.
-template <class T>
-void test_top_select(int64_t n) {
-  using A = Accumulator<T>;
-  const auto values = random_integers<T>(n);
-  const int last = kKeyDigits<A> - 1;
-  const auto upper = [&](int64_t i, int digit) { return sort_key(widen(values[i])) >> kDigitBits * (last - digit); };
-  const int64_t first = sort_key(A(2)) >> kDigitBits * last;
-  for (int digit : {0, 1}) {
-    std::vector<int64_t> counts(kDigits, 5), expected(kDigits, 5);
-    for (int64_t i = 0; i < n; ++i) {
-      const bool counted = digit == 0 || static_cast<int64_t>(upper(i, 0)) == first;
-      expected[upper(i, digit) % kDigits] += counted;
-    }
-    const DigitHistogram<T> args{values.data(), n, digit ? first : 0, digit, counts.data()};
-    run_threads([&](auto& next) { digit_histogram_cpu(instruction_set_in_use(), args, next); });
-    expect(counts == expected, "digit histogram");
-  }
-  for (int64_t kept : {int64_t{0}, n / 20, n}) {
-    std::vector<uint8_t> mask(n, 9), expected(n);
-    std::vector<int64_t> unit_ties(mask_units(n));
-    int64_t ties = kept, left = kept;
-    const ThresholdMask<T> args{values.data(), n, A(1), mask.data(), unit_ties.data(), &ties};
-    run_threads([&](auto& next) { mask_above_cpu(instruction_set_in_use(), args, next); });
-    if (deal_ties_cpu(args)) run_threads([&](auto& next) { mask_ties_cpu(args, next); });
-    for (int64_t i = 0; i < n; ++i) {
-      const bool tie = widen(values[i]) == 1 && left > 0;
-      left -= tie;
-      expected[i] = widen(values[i]) > 1 || tie;
-    }
-    expect(mask == expected && ties == left, "threshold mask");
-  }
-}
-
 template <class T>
 void test_ops() {
-  for (int64_t n : {0, 1, 70, 20000, 200001}) test_top_select<T>(n);
   using A = Accumulator<T>;
   test_blocks<T>({1, 0, -2, 3, 0, 2, 1});
   test_blocks<T>({1, 0, 1, 1, 0, 1});
