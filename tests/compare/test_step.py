@@ -87,7 +87,7 @@ def test_no_step_has_no_ratio(setup):
     assert (step.gain, step.cost, step.ratio) == (0.0, 0.0, None)
 
 
-@pytest.mark.parametrize("method", ["sst", "ties"])
+@pytest.mark.parametrize("method", ["sst", "ties", "knots"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_merged_model_computes_with_the_merge_and_is_restored(setup, load_base, input_ids, method, dtype):
     """In place in float32; beside the weights where they would round it."""

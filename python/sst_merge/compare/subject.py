@@ -100,7 +100,10 @@ def exact_update(problem: Problem, plan: Plan, name: str, alpha: float) -> LowRa
     Returns:
         The update, float32.
     """
-    matrix = plan.update(name, alpha).float()
+    matrix = plan.update(name, alpha)
+    if isinstance(matrix, LowRank):
+        return LowRank(matrix.up.float(), matrix.down.float())
+    matrix = matrix.float()
     if plan.in_core:
         basis = problem.bases[name]
         return LowRank(basis.q_out.float() @ matrix, basis.q_in.mT.float())
