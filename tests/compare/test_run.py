@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from sst_merge.compare import compare, load_compare, replicate
 from sst_merge.compare.axes import values_of
 from sst_merge.compare.journal import Journal
 from sst_merge.compare.outcome import Outcome
+from sst_merge.compare.variants import VARIANTS
 
 
 @pytest.fixture
@@ -71,6 +73,20 @@ def test_command_writes_the_comparison_and_goes_on_with_it(tree, setup, tmp_path
     assert calls(tmp_path) == once + 2 * 3  # the new strength alone
     again = json.loads((out / "compare.json").read_text())["variants"]["SST"]["replicates"]["seed1"]["rows"]
     assert [row["alpha"] for row in again] == [0.5, 0.8, 1.2] and len(summary.standings) == 3
+
+
+def test_every_variant_of_the_default_table_is_merged_and_measured(tree, setup, tmp_path):
+    """As `merge` measures those whose updates are factors, dense, or of all modules together."""
+    methods = {label: asdict(variant) for label, variant in VARIANTS.items() if not variant.tune}
+    section = {**tree["compare"], "methods": methods, "alphas": [0.9], "seeds": 1}
+    compare({**tree, "compare": section}, tmp_path / "out")
+    found = json.loads((tmp_path / "out/compare.json").read_text())["variants"]
+    rows = {label: variant["replicates"]["seed0"]["rows"][0] for label, variant in found.items()}
+    assert rows.keys() == methods.keys() and all(row["gain"] > 0 and row["cost"] > 0 for row in rows.values())
+    for label in ("KnOTS-TIES", "RegMean", "diagonal SST, factors, hard, path", "SST gram"):
+        method, parameters = methods[label]["merge_method"], methods[label]["parameters"]
+        (alone,) = merge(setup.config(method, **parameters, alpha=0.9)).report["held_out"]
+        assert rows[label]["kl"] == pytest.approx(alone["measured_kl"], rel=0.01)
 
 
 def test_killed_halfway_it_goes_on_where_it_was(tree, tmp_path, monkeypatch):
