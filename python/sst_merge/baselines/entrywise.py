@@ -43,13 +43,14 @@ def keep_largest(values: Tensor, share: float) -> Tensor:
 
     Args:
         values: Any shape, ranked as they are.
-        share: In (0, 1]; at least one entry is kept.
+        share: In (0, 1]; at least one entry is kept, if there is any.
 
     Returns:
         bool, the same shape. ValueError for NaN.
     """
-    count = max(1, round(share * values.numel()))
-    return top_mask(values, count)
+    if not values.numel():
+        return torch.zeros_like(values, dtype=torch.bool)
+    return top_mask(values, max(1, round(share * values.numel())))
 
 
 def ties(updates: Sequence[Tensor], density: float, scale: float) -> Tensor:
