@@ -6,7 +6,7 @@ models:                                  # in any order: roles are marked
   - {model: path/to/base+adapters/utility, parameters: {role: utility}}
   - {model: path/to/base+adapters/safety, parameters: {role: safety}}
 merge_method: sst
-parameters: {alpha: 1.0, k: 0.05, harm: refusals.jsonl, benign: answers.jsonl}
+parameters: {alpha: 1.0, k: 0.2, harm: refusals.jsonl, benign: answers.jsonl}
 dtype: bfloat16
 ```
 """

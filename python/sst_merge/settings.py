@@ -108,7 +108,7 @@ class SstParameters(FisherParameters):
     shrinkage_target: str | dict = "diagonal"
     damping: float = 1.0
     select: str = "top_k"
-    k: int | float = 0.05
+    k: int | float = 0.2
     scope: str = "module"
     mu: float | None = None
     rho: float | None = None

@@ -35,7 +35,7 @@ METHODS = (
     "diagonal SST, weights, hard, path",
     "data-free SST-V, hard",
     "SST exact",
-    "SST exact, a quarter",
+    "SST exact, soft, shrunk 0.5",
     "SST K-FAC",
     "SST exact, tuned",
 )
