@@ -91,7 +91,8 @@ def find_directions(
 
     if any(settings.form(kind).representation == "gram" for kind in KINDS):
         return solved([ALL_MODULES]), gamma
-    return spread({name: float(tau.numel()) ** 3 for name, tau in patch.items()}, solved), gamma
+    costs = {name: float(tau.numel()) ** 3 for name, tau in patch.items()}
+    return spread(costs, solved, patch[names[0]].device), gamma
 
 
 def _directions(statistics: Statistics, solved: SolvedPencil, phi: Tensor, gamma: float) -> Directions:

@@ -42,6 +42,11 @@ class Mixture:
         """N = Σ_t N_t, sequences of all tasks, each weighted as its examples are."""
         return sum(sums.count for sums in self.tasks.values())
 
+    @property
+    def sequences(self) -> float:
+        """How many sequences all tasks have, whatever their weights."""
+        return sum(sums.sequences for sums in self.tasks.values())
+
     def fisher(self, name: str) -> Tensor:
         """F of a module, symmetric (n, n), or its diagonal (n,)."""
         return sum(self.weights[task] * sums.fisher(name) for task, sums in self.tasks.items())

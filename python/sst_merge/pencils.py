@@ -232,7 +232,7 @@ def _solve_unformed(
     b = _Unformed(b.rows, [simplified(Damped(block, gamma)) for block in blocks], b.shrinkage)
     into = _Whitening(b.blocks)
     n = sum(block.n for block in b.blocks)
-    k = min(n, math.ceil(statistics.harm.count)) if n > ALL_PAIRS_UP_TO else n
+    k = min(n, math.ceil(statistics.harm.sequences)) if n > ALL_PAIRS_UP_TO else n
     if a.blocks is None:
         k = min(a.rows.shape)
     result = solve(Pencil(into.seen(a), into.metric(b)), k)

@@ -300,9 +300,10 @@ class FisherSums:
         total.take_counts([mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)])
         for name in self.first:
             total.first[name] = self.first[name] + other.first[name]
-            if total.keeps_rows(len(total.first[name])):
+            if name in self.rows and name in other.rows and total.keeps_rows(len(total.first[name])):
                 for kept in ("rows", "weights"):
-                    getattr(total, kept)[name] = torch.cat([getattr(self, kept)[name], getattr(other, kept)[name]])
+                    parts = [getattr(sums, kept)[name][: sums.filled[name]] for sums in (self, other)]
+                    getattr(total, kept)[name] = torch.cat(parts)
                 total.filled[name] = len(total.rows[name])
             elif name in self.second or name in self.rows:
                 total.second[name] = self._second_of(name) + other._second_of(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,22 @@ def test_weights_in_proportion_to_sequences_are_the_concatenation():
         torch.testing.assert_close(mixture.fisher(name), whole.fisher(name))
     assert mix({"only": whole}, {"only": 1.0}) is whole
     torch.testing.assert_close(mix({"only": whole}, {"only": 3.0}).fisher("a"), 3 * whole.fisher("a"))
+
+
+def test_shares_of_few_rows_add_up_beside_matrices():
+    """Of 5 sequences "a" (n = 6) keeps rows and "b" (n = 4) a matrix, though two of three shares have only 3 rows."""
+    rows, total = make_rows(5, 0), None
+    for start, end in pairwise([0, 1, 3, 5]):
+        share = FisherSums("exact", 5)
+        for name, g in rows.items():
+            share.add(name, g[start:end], 1.0)
+        share.add_count(1.0, torch.ones(end - start))
+        loaded = FisherSums("exact")
+        loaded.load(share.tensors(), share.counts)
+        total = loaded if total is None else total.merged(loaded)
+    assert {name: total.row_count(name) for name in rows} == {"a": 5, "b": 0}
+    for name, g in rows.items():
+        torch.testing.assert_close(total.fisher(name), g.mT @ g / 5)
 
 
 def test_a_sequence_of_two_tasks_is_on_one_side_in_both():
