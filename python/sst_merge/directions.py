@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .distributed import spread
-from .mixture import Mixture
+from .mixture import Mixture, Statistics
 from .pencils import ALL_MODULES, SolvedPencil, solve_pencils
 from .settings import KINDS, SstParameters
-from .sums import FisherSums, Statistics
+from .sums import FisherSums
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,10 @@ from sst_kernels.preconditioners import diagonalized
 from sst_kernels.result import REMEDIES
 from sst_kernels.simplify import simplified
 
-from .mixture import Mixture
+from .mixture import Mixture, Statistics
 from .settings import FisherForm, SstParameters
 from .shrinkage import intensity, shrunk, targets
-from .sums import FisherSums, Statistics
+from .sums import FisherSums
 
 ALL_MODULES = "all modules"
 ALL_PAIRS_UP_TO = 4096  # coordinates

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from . import atomic, distributed
 from .data import TokenSequence
-from .mixture import KINDS, mix_parts, part_name
+from .mixture import KINDS, Statistics, mix_parts, part_name
 from .part_files import PIECES, begun_pieces, shares
-from .sums import FisherSums, Statistics
+from .sums import FisherSums
 
 FINGERPRINT_NAME = "fisher.json"
 PATCH_NAME = "patch.safetensors"

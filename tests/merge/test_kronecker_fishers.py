@@ -17,12 +17,12 @@ from sst_merge import pencils
 from sst_merge.data import TokenSequence
 from sst_merge.directions import find_directions
 from sst_merge.fisher import CollectionSettings
-from sst_merge.mixture import Mixture, mix
+from sst_merge.mixture import Mixture, Statistics, mix
 from sst_merge.pencils import ALL_MODULES
 from sst_merge.report import _not_converged
 from sst_merge.select import filtered_cores, kept_coefficients
 from sst_merge.settings import SstParameters
-from sst_merge.sums import FisherSums, Statistics
+from sst_merge.sums import FisherSums
 
 POINTS = {0.25: 0.75, 0.5: 0.25}
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from sst_kernels import Gram, LowRankPlusDiagonal, Pencil
 
 from ..directions import ALL_MODULES, Directions
+from ..mixture import Statistics
 from ..settings import SstParameters
-from ..sums import Statistics
 from .checks import Check
 from .solved import REASON, REASON_B, Solved
 
