@@ -18,8 +18,8 @@ from collection import CPU_CASES, CUDA_CASES, Case, make_model, make_sequences, 
 from harness import Limits, Row, arguments, interleaved, limits, report
 from sst_merge.coordinates import core_basis, to_core
 from sst_merge.fisher import CollectionSettings, Collector, collect_statistics
+from sst_merge.mixture import Statistics
 from sst_merge.store import FisherFolder
-from sst_merge.sums import Statistics
 from sst_merge.tasks import Task
 
 RUN = {"representation": "exact"}

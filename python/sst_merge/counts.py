@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .mixture import tasks_in
-from .sums import FisherSums, Statistics
+from .mixture import Statistics, tasks_in
+from .sums import FisherSums
 
 _FEW = 0.5  # of the sequences
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .distributed import spread
-from .mixture import Mixture
+from .mixture import Mixture, Statistics
 from .pencils import ALL_MODULES, SolvedPencil, solve_pencils
 from .settings import KINDS, SstParameters
-from .sums import FisherSums, Statistics
+from .sums import FisherSums
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def find_directions(
 
     if any(settings.form(kind).representation == "gram" for kind in KINDS):
         return solved([ALL_MODULES]), gamma
-    return spread({name: float(tau.numel()) ** 3 for name, tau in patch.items()}, solved), gamma
+    costs = {name: float(tau.numel()) ** 3 for name, tau in patch.items()}
+    return spread(costs, solved, patch[names[0]].device), gamma
 
 
 def _directions(statistics: Statistics, solved: SolvedPencil, phi: Tensor, gamma: float) -> Directions:

@@ -94,15 +94,18 @@ def broadcast(
     return value, received
 
 
-def spread(costs: Mapping[str, float], work: Callable[[list[str]], dict[str, T]]) -> dict[str, T]:
+def spread(
+    costs: Mapping[str, float], work: Callable[[list[str]], dict[str, T]], device: torch.device | str
+) -> dict[str, T]:
     """`work(keys)`, the keys dealt over the processes, dearest first and always to the one with least to do.
 
     Args:
         costs: Key -> what it costs, in any unit; the same on all ranks.
-        work: Gives a flat dataclass for every key.
+        work: Gives a flat dataclass for every key, its tensors on `device`.
+        device: Where this rank, which may have no key, gets the tensors of the others.
 
     Returns:
-        Key -> what was made of it, on every rank, tensors on the device of this rank's own.
+        Key -> what was made of it, on every rank.
     """
     if world() == 1:
         return work(list(costs))
@@ -112,7 +115,6 @@ def spread(costs: Mapping[str, float], work: Callable[[list[str]], dict[str, T]]
         load[owner[key]] += costs[key]
     own = work([key for key in costs if owner[key] == rank()])
     meet()
-    device = next((v.device for o in own.values() for v in vars(o).values() if isinstance(v, Tensor)), "cpu")
     found = {}
     for key, source in owner.items():
         kind, plain, tensors = None, {}, {}

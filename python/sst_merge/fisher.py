@@ -26,12 +26,12 @@ from . import distributed
 from .base import input_device
 from .data import TokenSequence
 from .memory import partition
-from .mixture import mix_parts, part_name
+from .mixture import Statistics, mix_parts, part_name
 from .packing import Batch, batches, count_batches
 from .part_files import pieces
 from .shared_collection import collect_together, settle
 from .store import FisherFolder, Progress
-from .sums import FisherSums, Statistics
+from .sums import FisherSums
 from .tasks import Task
 
 Save = Callable[[FisherSums, list[int]], None]

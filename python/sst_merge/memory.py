@@ -125,6 +125,7 @@ def plan_memory(
     config = problem.config
     estimate = estimate_memory(problem, bases, representations, coordinates)
     total, limit = sum(estimate.values()), min(available_memory(config.device), config.memory_bytes)
+    limit = min(distributed.gather_objects(limit))  # every process makes the same groups
     parts = ", ".join(f"{use} {_size(size)}" for use, size in estimate.items())
     where = f"{_size(limit)} {'available' if limit < config.memory_bytes else 'allowed'} on {config.device}"
     _say(f"memory: about {_size(total)} of {where} ({parts})")

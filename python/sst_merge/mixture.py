@@ -12,7 +12,7 @@ from torch import Tensor
 from sst_kernels import Diagonal, Gram, Scaled, Sum
 from sst_kernels.operators import Dense, Operator
 
-from .sums import FisherSums, Statistics
+from .sums import FisherSums
 
 KINDS = {"harm": "harm", "benign": "benign", "harm_held": "harm", "benign_held": "benign", "origin": "harm"}
 """Field of `Statistics` -> the kind of data it is of."""
@@ -41,6 +41,11 @@ class Mixture:
     def count(self) -> float:
         """N = Σ_t N_t, sequences of all tasks, each weighted as its examples are."""
         return sum(sums.count for sums in self.tasks.values())
+
+    @property
+    def sequences(self) -> float:
+        """How many sequences all tasks have, whatever their weights."""
+        return sum(sums.sequences for sums in self.tasks.values())
 
     def fisher(self, name: str) -> Tensor:
         """F of a module, symmetric (n, n), or its diagonal (n,)."""
@@ -81,6 +86,29 @@ class Mixture:
         """J of several modules side by side, JᵀJ = N·F: rows of task t times √(w_t N/N_t); (rows, Σ n)."""
         scales = {task: math.sqrt(self.weights[task] * self.count / sums.count) for task, sums in self.tasks.items()}
         return torch.cat([scales[task] * sums.joint_rows(names) for task, sums in self.tasks.items()])
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Fishers of both kinds, from sequences that find directions and from held-out ones that judge them.
+
+    Attributes:
+        harm: Empirical Fisher of refusals; of several tasks, a `Mixture`, as every field.
+        benign: True Fisher of the model's own behaviour.
+        harm_held: As `harm`, held-out sequences.
+        benign_held: As `benign`, held-out sequences.
+        origin: Σ g of log p(refusal) at θ_ft over the sequences of `harm`; its mean carries the sign.
+    """
+
+    harm: FisherSums | Mixture
+    benign: FisherSums | Mixture
+    harm_held: FisherSums | Mixture
+    benign_held: FisherSums | Mixture
+    origin: FisherSums | Mixture
+
+    def gradient(self, name: str) -> Tensor:
+        """ḡ, the mean gradient of log p(refusal) at θ_ft: (n,), float64."""
+        return self.origin.mean_gradient(name)
 
 
 def tasks_in(sums: FisherSums | Mixture) -> dict[str, tuple[FisherSums, float]]:

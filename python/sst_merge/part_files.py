@@ -6,6 +6,7 @@ have summed of a part, or of a group, lies in `harm.rank0of2.safetensors`, … u
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 _GROUP = "group{i}of{count}"
@@ -24,8 +25,9 @@ def begun_pieces(folder: Path, part: str) -> list[str]:
     """The names of all groups of a part that was begun in groups; none where it has a file of its own."""
     if (folder / f"{part}.safetensors").is_file():
         return []
-    found = next(folder.glob(f"{part}.{_GROUP.format(i='*', count='*')}.*"), None)
-    return [] if found is None else pieces(part, int(found.stem.rpartition("of")[2]))
+    group = re.compile(re.escape(part) + r"\.group\d+of(\d+)\.(rank\d+of\d+\.)?safetensors")
+    found = next(filter(None, (group.fullmatch(file.name) for file in folder.glob(f"{part}.group*"))), None)
+    return [] if found is None else pieces(part, int(found[1]))
 
 
 def share(part: str, rank: int, world: int) -> str:

@@ -43,10 +43,10 @@ from sst_kernels.preconditioners import diagonalized
 from sst_kernels.result import REMEDIES
 from sst_kernels.simplify import simplified
 
-from .mixture import Mixture
+from .mixture import Mixture, Statistics
 from .settings import FisherForm, SstParameters
 from .shrinkage import intensity, shrunk, targets
-from .sums import FisherSums, Statistics
+from .sums import FisherSums
 
 ALL_MODULES = "all modules"
 ALL_PAIRS_UP_TO = 4096  # coordinates
@@ -232,7 +232,7 @@ def _solve_unformed(
     b = _Unformed(b.rows, [simplified(Damped(block, gamma)) for block in blocks], b.shrinkage)
     into = _Whitening(b.blocks)
     n = sum(block.n for block in b.blocks)
-    k = min(n, math.ceil(statistics.harm.count)) if n > ALL_PAIRS_UP_TO else n
+    k = min(n, math.ceil(statistics.harm.sequences)) if n > ALL_PAIRS_UP_TO else n
     if a.blocks is None:
         k = min(a.rows.shape)
     result = solve(Pencil(into.seen(a), into.metric(b)), k)

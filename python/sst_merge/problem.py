@@ -22,10 +22,10 @@ from .data import TokenSequence
 from .fingerprint import fingerprint, hash_cores
 from .fisher import CollectionSettings, Collector, collect_statistics
 from .memory import plan_memory
+from .mixture import Statistics
 from .packing import check_packing
 from .settings import ROLES, Config, FisherParameters
 from .store import STEP_NAME, FisherFolder, serves
-from .sums import Statistics
 from .tasks import Task
 from .vocabulary import check_tokenizers, read_tokenizers
 

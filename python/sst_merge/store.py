@@ -21,9 +21,9 @@ from torch import Tensor
 
 from . import atomic, distributed
 from .data import TokenSequence
-from .mixture import KINDS, mix_parts, part_name
+from .mixture import KINDS, Statistics, mix_parts, part_name
 from .part_files import PIECES, begun_pieces, shares
-from .sums import FisherSums, Statistics
+from .sums import FisherSums
 
 FINGERPRINT_NAME = "fisher.json"
 PATCH_NAME = "patch.safetensors"
@@ -194,8 +194,7 @@ class FisherFolder:
         with safe_open(file, framework="pt", device=self.device) as tensors:
             loaded = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
         sums = FisherSums(metadata["representation"]) if sums is None else sums
-        count = metadata["count"]  # alone in folders from before there were weights
-        sums.load(loaded, (count, metadata.get("sequences", count), metadata.get("squares", count)))
+        sums.load(loaded, [metadata[number] for number in ("count", "sequences", "squares")])
         batches = metadata["batches"]
         return Progress(sums, range(batches) if isinstance(batches, int) else batches, metadata["complete"])
 

@@ -300,9 +300,10 @@ class FisherSums:
         total.take_counts([mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)])
         for name in self.first:
             total.first[name] = self.first[name] + other.first[name]
-            if total.keeps_rows(len(total.first[name])):
+            if name in self.rows and name in other.rows and total.keeps_rows(len(total.first[name])):
                 for kept in ("rows", "weights"):
-                    getattr(total, kept)[name] = torch.cat([getattr(self, kept)[name], getattr(other, kept)[name]])
+                    parts = [getattr(sums, kept)[name][: sums.filled[name]] for sums in (self, other)]
+                    getattr(total, kept)[name] = torch.cat(parts)
                 total.filled[name] = len(total.rows[name])
             elif name in self.second or name in self.rows:
                 total.second[name] = self._second_of(name) + other._second_of(name)
@@ -396,26 +397,3 @@ def _fourth_powers(squares: Tensor, weights: Tensor | None = None) -> Tensor:
     squares = squares.double()
     powers = torch.stack([squares.sum(1).square(), squares.square().sum(1)])
     return powers.sum(1) if weights is None else powers @ weights.double()
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Fishers of both kinds, from sequences that find directions and from held-out ones that judge them.
-
-    Attributes:
-        harm: Empirical Fisher of refusals; of several tasks, a `Mixture`, as every field.
-        benign: True Fisher of the model's own behaviour.
-        harm_held: As `harm`, held-out sequences.
-        benign_held: As `benign`, held-out sequences.
-        origin: Σ g of log p(refusal) at θ_ft over the sequences of `harm`; its mean carries the sign.
-    """
-
-    harm: FisherSums | Mixture
-    benign: FisherSums | Mixture
-    harm_held: FisherSums | Mixture
-    benign_held: FisherSums | Mixture
-    origin: FisherSums | Mixture
-
-    def gradient(self, name: str) -> Tensor:
-        """ḡ, the mean gradient of log p(refusal) at θ_ft: (n,), float64."""
-        return self.origin.mean_gradient(name)

@@ -27,9 +27,10 @@ from sst_merge.adapters import read_adapter
 from sst_merge.directions import find_directions
 from sst_merge.distributed import RankStopped, together
 from sst_merge.fisher import CollectionSettings, Collector, Part, collect_statistics
+from sst_merge.mixture import Statistics
 from sst_merge.settings import SstParameters
 from sst_merge.store import PARTS, FisherFolder
-from sst_merge.sums import FisherSums, Statistics
+from sst_merge.sums import FisherSums
 from sst_merge.tasks import Task
 
 FINGERPRINT = {"representation": "exact", "data": {}}

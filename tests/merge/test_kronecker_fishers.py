@@ -17,12 +17,12 @@ from sst_merge import pencils
 from sst_merge.data import TokenSequence
 from sst_merge.directions import find_directions
 from sst_merge.fisher import CollectionSettings
-from sst_merge.mixture import mix
+from sst_merge.mixture import Mixture, Statistics, mix
 from sst_merge.pencils import ALL_MODULES
 from sst_merge.report import _not_converged
 from sst_merge.select import filtered_cores, kept_coefficients
 from sst_merge.settings import SstParameters
-from sst_merge.sums import FisherSums, Statistics
+from sst_merge.sums import FisherSums
 
 POINTS = {0.25: 0.75, 0.5: 0.25}
 
@@ -309,6 +309,19 @@ def test_large_pencils_are_iterated_for_their_leading_pairs(monkeypatch, harm, b
     np.testing.assert_allclose(d.values, scipy.linalg.eigh(a, b, eigvals_only=True)[::-1][:16], rtol=1e-9)
     v = d.vectors.numpy()
     np.testing.assert_allclose(v.T @ b @ v, np.eye(16), atol=1e-9)
+
+
+def test_weights_of_examples_leave_as_many_leading_pairs(monkeypatch):
+    """ω of 0.01 for every example changes neither F nor how many sequences there are."""
+    monkeypatch.setattr(pencils, "ALL_PAIRS_UP_TO", 10)
+    statistics, patch = make_statistics()
+    harm = statistics.harm
+    harm.rows = {name: 0.1 * rows for name, rows in harm.rows.items()}
+    harm.take_counts((0.01 * harm.count, harm.sequences, 1e-4 * harm.squares))
+    several = replace(statistics, harm=Mixture({"one": harm, "two": harm}, {"one": 0.5, "two": 0.5}))
+    settings = SstParameters(fisher="gram", shrinkage=0.3, damping=0.2)
+    for given, count in ((statistics, 16), (several, 30)):
+        assert len(find_directions(given, patch, settings)[0][ALL_MODULES].values) == count
 
 
 def test_a_large_module_with_few_rows_has_the_directions_of_its_rows(monkeypatch):

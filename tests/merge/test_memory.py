@@ -15,6 +15,7 @@ from sst_merge.cli import main
 from sst_merge.coordinates import weight_basis
 from sst_merge.fisher import CollectionSettings, Collector, collect_statistics
 from sst_merge.memory import estimate_memory, partition
+from sst_merge.part_files import begun_pieces
 from sst_merge.problem import Problem
 from sst_merge.store import PARTS, FisherFolder
 from sst_merge.tasks import Task
@@ -73,6 +74,15 @@ def test_groups_are_gone_on_with_after_a_kill(tmp_path, monkeypatch):
     for part in PARTS:
         expected, found = getattr(whole, part).tensors(), getattr(resumed, part).tensors()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_groups_are_known_by_a_share_of_the_first(tmp_path):
+    """Killed in the first of three groups, two processes leave nothing but their shares of it."""
+    for name in ("harm.group0of3.rank1of2", "harm-a.group1of4", "harm-a.groups_of_7"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert begun_pieces(tmp_path, "harm") == [f"harm.group{i}of3" for i in range(3)]
+    assert begun_pieces(tmp_path, "harm-a") == [f"harm-a.group{i}of4" for i in range(4)]
+    assert begun_pieces(tmp_path, "benign") == []
 
 
 def test_a_bound_makes_groups_and_one_too_low_is_refused_with_advice(setup, tmp_path, capsys):

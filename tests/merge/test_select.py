@@ -9,10 +9,11 @@ import scipy.optimize
 import torch
 
 from sst_merge.directions import find_directions, shared_damping
+from sst_merge.mixture import Statistics
 from sst_merge.pencils import ALL_MODULES
 from sst_merge.select import filtered_cores, kept_coefficients
 from sst_merge.settings import SstParameters
-from sst_merge.sums import FisherSums, Statistics
+from sst_merge.sums import FisherSums
 
 SHAPES = {"a": (3, 4), "b": (2, 3), "c": (4, 3)}
 

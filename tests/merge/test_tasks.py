@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,7 @@ import pytest
 import torch
 import yaml
 from reference import log_probabilities
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sst_merge import load_config, merge
 from sst_merge.cli import main
@@ -22,7 +22,7 @@ from sst_merge.data import TokenSequence, read_examples
 from sst_merge.fisher import Collector
 from sst_merge.mixture import mix
 from sst_merge.problem import Problem
-from sst_merge.store import PARTS, FisherFolder
+from sst_merge.store import FisherFolder
 from sst_merge.sums import FisherSums
 from sst_merge.tasks import split_held_out
 
@@ -78,6 +78,22 @@ def test_weights_in_proportion_to_sequences_are_the_concatenation():
         torch.testing.assert_close(mixture.fisher(name), whole.fisher(name))
     assert mix({"only": whole}, {"only": 1.0}) is whole
     torch.testing.assert_close(mix({"only": whole}, {"only": 3.0}).fisher("a"), 3 * whole.fisher("a"))
+
+
+def test_shares_of_few_rows_add_up_beside_matrices():
+    """Of 5 sequences "a" (n = 6) keeps rows and "b" (n = 4) a matrix, though two of three shares have only 3 rows."""
+    rows, total = make_rows(5, 0), None
+    for start, end in pairwise([0, 1, 3, 5]):
+        share = FisherSums("exact", 5)
+        for name, g in rows.items():
+            share.add(name, g[start:end], 1.0)
+        share.add_count(1.0, torch.ones(end - start))
+        loaded = FisherSums("exact")
+        loaded.load(share.tensors(), share.counts)
+        total = loaded if total is None else total.merged(loaded)
+    assert {name: total.row_count(name) for name in rows} == {"a": 5, "b": 0}
+    for name, g in rows.items():
+        torch.testing.assert_close(total.fisher(name), g.mT @ g / 5)
 
 
 def test_a_sequence_of_two_tasks_is_on_one_side_in_both():
@@ -306,23 +322,6 @@ def test_interrupted_collections_of_tasks_end_bit_identical(tasks, tmp_path, mon
     assert run(tasks(k=0.5), tmp_path / "broken", command="fisher") == 0
     assert len(count) == 2 * (12 + 10) + 9 - batches
     assert tensors(tmp_path / "broken") == tensors(tmp_path / "unbroken")
-
-
-def test_folders_from_before_weights_are_read(setup, tmp_path):
-    config = setup.config("sst", k=0.5)
-    assert run(config, tmp_path / "out") == 0
-    folder = tmp_path / "out.fisher"
-    for part in PARTS:
-        file = folder / f"{part}.safetensors"
-        with safe_open(file, framework="pt") as opened:
-            said = json.loads(opened.metadata()["sst_merge"])
-        said = {key: value for key, value in said.items() if key not in ("sequences", "squares")}
-        assert set(said) == {"representation", "count", "batches", "complete", "run"}
-        save_file(load_file(file), file, metadata={"sst_merge": json.dumps(said)})
-    assert run(config, tmp_path / "again", "--fisher", str(folder)) == 0
-    assert tensors(tmp_path / "again") == tensors(tmp_path / "out")
-    report = json.loads((tmp_path / "again/report.json").read_text())
-    assert report["sequences"]["harm"] == {"found": 9, "held_out": 3}
 
 
 def test_tasks_collected_apart_add_up(tasks, setup, tmp_path, capsys, monkeypatch):

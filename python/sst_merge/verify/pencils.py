@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..directions import ALL_MODULES, Directions
+from ..mixture import Statistics
 from ..settings import KINDS, SstParameters
-from ..sums import Statistics
 from .checks import Check
 from .formed import FORMED_UP_TO, sides
 from .solved import EPS, REASON, REASON_B, Solved
