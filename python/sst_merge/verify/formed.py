@@ -16,10 +16,10 @@ from torch import Tensor
 from sst_kernels.operators import Operator
 
 from ..directions import Directions
-from ..mixture import Mixture, tasks_in
+from ..mixture import Mixture, Statistics, tasks_in
 from ..settings import KINDS, FisherForm, SstParameters
 from ..shrinkage import intensity, targets
-from ..sums import FisherSums, Statistics
+from ..sums import FisherSums
 from .checks import Check
 from .solved import EPS
 
