@@ -31,7 +31,7 @@ def check_config(config: Config) -> None:
     _check_device_map(config.device_map)
     roles = [os.path.realpath(getattr(config, role).model) for role in ROLES]
     if roles[0] == roles[1]:
-        raise ValueError(f"models: utility and safety must be two adapters, got {config.utility.model!r} for both")
+        raise ValueError(f"models: utility and safety must be two models, got {config.utility.model!r} for both")
 
 
 def _check_k(parameters: Any) -> None:

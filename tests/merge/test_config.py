@@ -159,5 +159,5 @@ def test_files_that_are_no_config(tmp_path):
 def test_one_adapter_in_both_roles_is_refused(setup):
     config = setup.config("task_arithmetic")
     config["models"][1]["model"] = f"{setup.utility.parent}/./{setup.utility.name}"
-    with pytest.raises(ValueError, match="utility and safety must be two adapters"):
+    with pytest.raises(ValueError, match="utility and safety must be two models"):
         load_config(config)
