@@ -114,9 +114,12 @@ class Elementwise:
             yield Change(slab, x[UTILITY], patch, patch * m, float(m.sum()))
 
     def _ratios(self, items: Sequence[Slab]) -> Iterator[tuple[str, Tensor]]:
-        """(name, r) of every slab, r in float32."""
+        """(name, r) of every slab, r in float32; weights that are no numbers are named with their model."""
         for slab, x in self._read(items, self.ratio.reads):
-            yield slab.name, self.ratio.formula(x, self.epsilon).float()
+            r = self.ratio.formula(x, self.epsilon).float()
+            if not math.isfinite(float(r.sum())):
+                self.models.check_finite(slab)
+            yield slab.name, r
 
     def _mean_of_unit(self) -> float:
         """The mean of what ε is relative to: from the Fisher's metadata, or by reading it."""

@@ -126,7 +126,7 @@ def test_models_that_are_not_three_of_one_kind_are_refused_by_name(gpt2, capsys,
     assert "safety: " in (said := gpt2.refusal(capsys)) and "in no floating-point dtype" in said
     change_weights(gpt2.safety, lambda t: stored | {name: torch.full_like(stored[name], torch.nan)})
     assert "safety: h.1.mlp.c_fc.weight holds NaN" in gpt2.refusal(capsys)
-    assert "'h.1.mlp.c_fc.weight' holds 4096 NaN" in gpt2.refusal(capsys, "sst_v")
+    assert "safety: h.1.mlp.c_fc.weight holds NaN" in gpt2.refusal(capsys, "sst_v")
     (gpt2.safety / WEIGHTS).write_bytes(b"not tensors")
     assert "safety: " in (said := gpt2.refusal(capsys)) and WEIGHTS in said
     save_file(stored, gpt2.safety / WEIGHTS, metadata={"format": "pt"})
