@@ -1,8 +1,8 @@
 r"""The pencils A v = λ B v, A = F_harm, B = F_benign + γI, in whatever form either Fisher has, and their solution.
 
 Up to `ALL_PAIRS_UP_TO` coordinates a module's pencil is solved for all its n pairs, in batches of equal n: diagonal
-pencils by their quotients, others as matrices. Beyond, where an exact F_harm has n/2 rows at most, and over all modules
-at once ("gram" on either side), A and B are never formed. They are
+pencils by their quotients, others as matrices. Beyond, where an exact F_harm has n/2 rows at most and the selection
+keeps no more, and over all modules at once ("gram" on either side), A and B are never formed. They are
 
     A = J_hᵀJ_h + D_h,   B = J_bᵀJ_b + D_b,
 
@@ -44,7 +44,7 @@ from sst_kernels.result import REMEDIES
 from sst_kernels.simplify import simplified
 
 from .mixture import Mixture, Statistics
-from .settings import FisherForm, SstParameters
+from .settings import KINDS, FisherForm, SstParameters
 from .shrinkage import intensity, shrunk, targets
 from .sums import FisherSums
 
@@ -99,12 +99,7 @@ def solve_pencils(
     if any(form.representation == "gram" for form in forms):
         yield _solve_unformed(ALL_MODULES, statistics, patch, forms, gamma)
         return
-    closed = all(form.representation == "diagonal" for form in forms)
-    unformed = {
-        name
-        for name, tau in patch.items()
-        if not closed and (tau.numel() > ALL_PAIRS_UP_TO or _few_rows(statistics.harm, name, tau.numel(), forms[0]))
-    }
+    unformed = unformed_modules(statistics, patch, settings)
     small = {name: tau for name, tau in patch.items() if name not in unformed}
     for group in _batches_of_equal_n(small):
         yield from _solve_batch(statistics, {name: patch[name] for name in group}, forms, gamma)
@@ -113,9 +108,38 @@ def solve_pencils(
             yield _solve_unformed(name, statistics, {name: tau}, forms, gamma)
 
 
-def _few_rows(harm: FisherSums | Mixture, name: str, n: int, form: FisherForm) -> bool:
-    """Whether F_harm of a module is of so low a rank that its directions are had for less from its rows."""
-    return form.representation == "exact" and form.shrinkage == 0 and 0 < 2 * harm.row_count(name) <= n
+def unformed_modules(statistics: Statistics, patch: Mapping[str, Tensor], settings: SstParameters) -> frozenset[str]:
+    """Modules whose own pencils are not formed: large ones, and those of which no more is kept than their rows give.
+
+    Args:
+        statistics: Fishers of every module in `patch`.
+        patch: Module name -> core of τ.
+        settings: The form of each Fisher, and the selection, are used.
+
+    Returns:
+        Their names.
+    """
+    harm, closed = settings.form("harm"), all(settings.form(kind).representation == "diagonal" for kind in KINDS)
+    few = harm.representation == "exact" and harm.shrinkage == 0
+    return frozenset(
+        name
+        for name, tau in patch.items()
+        if not closed
+        and (
+            tau.numel() > ALL_PAIRS_UP_TO
+            or (few and _are_enough(statistics.harm.row_count(name), tau.numel(), settings))
+        )
+    )
+
+
+def _are_enough(rows: int, n: int, settings: SstParameters) -> bool:
+    """Whether the directions of so few rows, all with λ > 0, cost less and are all that the selection can keep."""
+    wanted = n  # budget and signed go on where nothing is gained
+    if settings.select in ("soft", "dof"):
+        wanted = 0
+    elif settings.select == "top_k":
+        wanted = round(settings.k * n) if isinstance(settings.k, float) else settings.k
+    return 0 < 2 * rows <= n and wanted <= rows
 
 
 def _batches_of_equal_n(patch: Mapping[str, Tensor]) -> Iterator[list[str]]:

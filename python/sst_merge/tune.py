@@ -24,6 +24,7 @@ from tqdm import tqdm
 from .directions import find_directions
 from .held_out import HeldOut, Merged, measure
 from .methods import Plan, sst_plan
+from .pencils import unformed_modules
 from .problem import Problem
 from .settings import KINDS, SstParameters
 
@@ -107,9 +108,10 @@ class _Search:
 
     def plan(self, settings: SstParameters) -> Plan:
         """The merge by these settings; pencils are solved anew only for another ε or form of a Fisher."""
-        key = settings.form("harm"), settings.form("benign"), settings.damping
+        curvature = self.problem.curvature(settings)
+        unformed = unformed_modules(curvature.statistics, curvature.patch, settings)  # a larger k may need all pairs
+        key = settings.form("harm"), settings.form("benign"), settings.damping, unformed
         if self._solved[0] != key:
-            curvature = self.problem.curvature(settings)
             self._solved = key, (curvature, *find_directions(curvature.statistics, curvature.patch, settings))
         return sst_plan(*self._solved[1], settings)
 
