@@ -93,8 +93,8 @@ class SstParameters(FisherParameters):
         shrinkage_target: "diagonal", or "kronecker", the nearest Kronecker product. One, or {harm: …, benign: …}.
         damping: ε > 0, in units of the mean diagonal of F_benign.
         select: "top_k", "soft", "dof", "budget" or "signed".
-        k: Count (integer) or share (float in (0, 1]) of a pencil's n directions that top_k keeps; with "gram" a share of
-            those with λ > 0.
+        k: Count (integer) or share (float in (0, 1]) of a pencil's n directions that top_k keeps; with "gram" a
+            share of those with λ > 0.
         scope: Of top_k and dof: "module", k in every module; or "global", k over all modules by one ranking.
         mu: μ > 0 of soft and dof; the median λ when null.
         rho: ρ > 0 of budget and signed, nats per sequence: what the merged patch may cost, ½φᵀBφ.
